@@ -1,0 +1,66 @@
+# `make demo` and `make test` need Python >= 3.10, a C++20 compiler and make; everything else goes into .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# The versions that tests and figures were made with. Named in every install: a bare `torch` may be another
+# release and gigabytes of libraries that the CPU kernels never load.
+TORCH ?= torch==2.13.0
+SENTENCE_TRANSFORMERS ?= sentence-transformers==6.2.0
+
+DEMO_ARGS ?=
+TEST_ARGS ?=
+BENCH_ARGS ?=
+
+CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install demo test bench lint format clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo     train a small 2D Matryoshka model, offline (DEMO_ARGS='--steps 20' for less)"
+	@echo "make test     run the tests (TEST_ARGS='-k losses' for some)"
+	@echo "make bench    run the benchmarks"
+	@echo "make lint     ruff, mypy, clang-format: what CI checks"
+	@echo "make format   let ruff and clang-format rewrite the sources"
+	@echo "make install  what the others do first: make .venv, install torch and m2d_ext into it"
+	@echo "make clean    remove build outputs; .venv stays"
+
+$(VENV)/.torch: Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet '$(TORCH)' 'setuptools>=77.0.3' ninja
+	touch $@
+
+# The editable install compiles; ninja then redoes only what a change touches.
+$(INSTALLED): $(VENV)/.torch pyproject.toml setup.py $(CSRC)
+	$(BIN)/python -m pip install --quiet --no-build-isolation '$(TORCH)' '$(SENTENCE_TRANSFORMERS)' -e '.[demo,dev]'
+	touch $@
+
+install: $(INSTALLED)
+
+demo: $(INSTALLED)
+	HF_HUB_OFFLINE=1 $(BIN)/python examples/train_2d_matryoshka.py $(DEMO_ARGS)
+
+test: $(INSTALLED)
+	HF_HUB_OFFLINE=1 $(BIN)/pytest $(TEST_ARGS)
+
+bench: $(INSTALLED)
+	HF_HUB_OFFLINE=1 $(BIN)/pytest benchmarks $(BENCH_ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy m2d_ext
+	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CSRC)
+
+clean:
+	rm -rf build dist *.egg-info m2d_ext/*.so m2d_ext/_build_config.json $(INSTALLED)
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
