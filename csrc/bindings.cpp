@@ -1,0 +1,69 @@
+// The Python module m2d_ext._C and the only operator schemas. Each backend registers its own kernels.
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include <string>
+
+// L hidden states of `blocks` tensors each come as one list, layer-major. `weights` (L, K) and
+// `kl_weights` (L,) are float64 CPU tensors on every backend. docs in m2d_ext/ops.py.
+TORCH_LIBRARY(m2d_ext, m) {
+  m.def("pool(Tensor[] hidden_states, Tensor[] coefficients, Tensor? cu_seqlens) -> Tensor");
+  m.def(
+      "pool_backward(Tensor pooled_grad, Tensor? grad_output, int[] layers, Tensor[] coefficients, "
+      "Tensor? cu_seqlens, ScalarType dtype) -> Tensor[]");
+  m.def(
+      "loss(Tensor[] hidden_states, Tensor[] coefficients, Tensor? cu_seqlens, Tensor weights, "
+      "Tensor kl_weights, int[] dims, int num_columns, float scale, float kl_temperature, "
+      "bool normalize, bool needs_grad) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "pooled_loss(Tensor pooled, Tensor? candidates, int target_offset, Tensor weights, "
+      "Tensor kl_weights, int[] dims, int num_columns, float scale, float kl_temperature, "
+      "bool normalize, bool needs_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+namespace {
+
+std::string compiler() {
+#if defined(__clang__)
+  return "clang " __clang_version__;
+#elif defined(__GNUC__)
+  return "gcc " __VERSION__;
+#else
+  return "unknown";
+#endif
+}
+
+// The widest vector level that the CPU kernels were compiled for and this processor has.
+std::string cpu_capability() {
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+  if (__builtin_cpu_supports("x86-64-v4")) return "x86-64-v4";
+  if (__builtin_cpu_supports("x86-64-v3")) return "x86-64-v3";
+#endif
+  return "baseline";
+}
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["compiler"] = compiler();
+  info["torch"] = TORCH_VERSION;
+  info["cpu_capability"] = cpu_capability();
+#if defined(_OPENMP)
+  info["openmp"] = _OPENMP;
+#else
+  info["openmp"] = 0;
+#endif
+#if defined(M2D_CUDA_ARCHES)
+  info["cuda_arches"] = M2D_CUDA_ARCHES;
+#else
+  info["cuda_arches"] = "";
+#endif
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Registers the operators of torch.ops.m2d_ext.";
+  m.def("build_info", &build_info, "What this extension was compiled with.");
+}

@@ -1,0 +1,94 @@
+// Pooling as a weighted token sum, and its adjoint. Both move each byte once and are bound by memory.
+//   reads  coefficients, and hidden states where the coefficient is not 0
+//   writes pooled (=), or the hidden states' gradients (=)
+#include <ATen/Parallel.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace m2d::cpu {
+namespace {
+
+// Token-outer, dimension-inner: the row of sums stays in the first-level cache.
+template <class Scalar, class Acc>
+M2D_MULTIVERSION void pool_text(const Scalar* __restrict tokens, int64_t token_stride,
+                                const Acc* __restrict coefficients, int64_t num_tokens, int64_t dim,
+                                Acc* __restrict pooled) {
+  for (int64_t d = 0; d < dim; ++d) pooled[d] = Acc(0);
+  for (int64_t t = 0; t < num_tokens; ++t) {
+    const Acc a = coefficients[t];
+    if (a == Acc(0)) continue;
+    const Scalar* __restrict token = tokens + t * token_stride;
+    for (int64_t d = 0; d < dim; ++d) pooled[d] += a * static_cast<Acc>(token[d]);
+  }
+}
+
+template <class Scalar, class Acc>
+M2D_MULTIVERSION void scatter_text(const Acc* __restrict pooled_grad, Acc grad_output,
+                                   const Acc* __restrict coefficients, int64_t num_tokens,
+                                   int64_t dim, Scalar* __restrict tokens) {
+  for (int64_t t = 0; t < num_tokens; ++t) {
+    Scalar* __restrict token = tokens + t * dim;
+    const Acc factor = grad_output * coefficients[t];
+    if (coefficients[t] == Acc(0)) {
+      for (int64_t d = 0; d < dim; ++d) token[d] = Scalar(0);
+    } else {
+      for (int64_t d = 0; d < dim; ++d) token[d] = static_cast<Scalar>(factor * pooled_grad[d]);
+    }
+  }
+}
+
+// Calls visit(layer, block, text of the block) for every text of every layer, in parallel.
+template <class Visit>
+void for_each_text(const PoolParams& p, const Visit& visit) {
+  at::parallel_for(0, p.num_layers * p.num_texts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t layer = i / p.num_texts;
+      const int64_t text = i % p.num_texts;
+      int64_t b = 0;
+      while (text >= p.blocks[b].first_text + p.blocks[b].num_texts) ++b;
+      visit(layer, b, text - p.blocks[b].first_text);
+    }
+  });
+}
+
+}  // namespace
+
+template <class Scalar, class Acc>
+void pool(const PoolParams& p) {
+  Acc* pooled = static_cast<Acc*>(p.pooled);
+  for_each_text(p, [&](int64_t layer, int64_t b, int64_t text) {
+    const TokenBlock& block = p.blocks[b];
+    const StateView& state = p.states[layer * p.num_blocks + b];
+    const TokenSpan span = token_span(block, text);
+    pool_text(static_cast<const Scalar*>(state.data) + state_offset(block, state, text),
+              state.token_stride, static_cast<const Acc*>(block.coefficients) + span.first,
+              span.count, p.dim, pooled + (layer * p.num_texts + block.first_text + text) * p.dim);
+  });
+}
+
+template <class Scalar, class Acc>
+void pool_backward(const PoolParams& p, const Acc* pooled_grad, const int64_t* layers,
+                   Acc grad_output) {
+  for_each_text(p, [&](int64_t layer, int64_t b, int64_t text) {
+    const TokenBlock& block = p.blocks[b];
+    const StateView& state = p.states[layer * p.num_blocks + b];
+    const TokenSpan span = token_span(block, text);
+    scatter_text(pooled_grad + (layers[layer] * p.num_texts + block.first_text + text) * p.dim,
+                 grad_output, static_cast<const Acc*>(block.coefficients) + span.first, span.count,
+                 p.dim, static_cast<Scalar*>(state.data) + state_offset(block, state, text));
+  });
+}
+
+#define M2D_INSTANTIATE(Scalar, Acc)                  \
+  template void pool<Scalar, Acc>(const PoolParams&); \
+  template void pool_backward<Scalar, Acc>(const PoolParams&, const Acc*, const int64_t*, Acc);
+M2D_INSTANTIATE(double, double)
+M2D_INSTANTIATE(float, float)
+M2D_INSTANTIATE(c10::BFloat16, float)
+M2D_INSTANTIATE(c10::Half, float)
+#undef M2D_INSTANTIATE
+
+}  // namespace m2d::cpu

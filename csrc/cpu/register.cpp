@@ -1,0 +1,100 @@
+// Operators on CPU tensors: validate, allocate, run the kernel of the dtype.
+#include <ATen/Dispatch.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <tuple>
+#include <vector>
+
+#include "../checks.h"
+#include "kernels.h"
+
+namespace m2d::cpu {
+namespace {
+
+template <class Kernel>
+void dispatch_states(at::ScalarType type, const Kernel& kernel) {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, type, "m2d_ext", [&] {
+    using Acc = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+    kernel(scalar_t{}, Acc{});
+  });
+}
+
+Tensor pool_states(PoolProblem& problem) {
+  const PoolParams& p = problem.params;
+  Tensor pooled =
+      at::empty({p.num_layers, p.num_texts, p.dim}, problem.options.dtype(problem.accumulate_type));
+  problem.params.pooled = pooled.data_ptr();
+  dispatch_states(at::typeMetaToScalarType(problem.options.dtype()), [&](auto scalar, auto acc) {
+    pool<decltype(scalar), decltype(acc)>(problem.params);
+  });
+  return pooled;
+}
+
+Tensor pool_op(at::TensorList hidden_states, at::TensorList coefficients,
+               const std::optional<Tensor>& cu_seqlens) {
+  PoolProblem problem = read_states(hidden_states, coefficients, cu_seqlens);
+  return pool_states(problem);
+}
+
+std::vector<Tensor> pool_backward_op(const Tensor& pooled_grad,
+                                     const std::optional<Tensor>& grad_output,
+                                     at::IntArrayRef layers, at::TensorList coefficients,
+                                     const std::optional<Tensor>& cu_seqlens,
+                                     at::ScalarType dtype) {
+  const Tensor rows = pooled_grad.contiguous();
+  GradProblem problem = allocate_state_grads(rows, layers, coefficients, cu_seqlens, dtype);
+  const double factor = grad_output.has_value() ? grad_output->item<double>() : 1.0;
+  dispatch_states(dtype, [&](auto scalar, auto acc) {
+    using Acc = decltype(acc);
+    pool_backward<decltype(scalar), Acc>(problem.pool.params, rows.const_data_ptr<Acc>(),
+                                         layers.data(), static_cast<Acc>(factor));
+  });
+  return std::move(problem.grads);
+}
+
+LossOutputs run_loss(const Tensor& pooled, const std::optional<Tensor>& candidates,
+                     int64_t target_offset, const LossOptions& options) {
+  LossOutputs outputs;
+  AT_DISPATCH_FLOATING_TYPES(pooled.scalar_type(), "m2d_ext", [&] {
+    auto problem = read_loss<scalar_t>(pooled, candidates, target_offset, options);
+    loss<scalar_t>(problem.params);
+    outputs = std::move(problem.outputs);
+  });
+  return outputs;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> loss_op(at::TensorList hidden_states,
+                                                   at::TensorList coefficients,
+                                                   const std::optional<Tensor>& cu_seqlens,
+                                                   const Tensor& weights, const Tensor& kl_weights,
+                                                   at::IntArrayRef dims, int64_t num_columns,
+                                                   double scale, double kl_temperature,
+                                                   bool normalize, bool needs_grad) {
+  PoolProblem problem = read_states(hidden_states, coefficients, cu_seqlens);
+  const Tensor pooled = pool_states(problem);
+  LossOutputs out = run_loss(
+      pooled, std::nullopt, 0,
+      {weights, kl_weights, dims, num_columns, scale, kl_temperature, normalize, needs_grad});
+  return {out.loss, out.cells, out.kl, out.pooled_grad};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pooled_loss_op(
+    const Tensor& pooled, const std::optional<Tensor>& candidates, int64_t target_offset,
+    const Tensor& weights, const Tensor& kl_weights, at::IntArrayRef dims, int64_t num_columns,
+    double scale, double kl_temperature, bool normalize, bool needs_grad) {
+  LossOutputs out = run_loss(
+      pooled, candidates, target_offset,
+      {weights, kl_weights, dims, num_columns, scale, kl_temperature, normalize, needs_grad});
+  return {out.loss, out.cells, out.kl, out.pooled_grad, out.candidate_grad};
+}
+
+}  // namespace
+}  // namespace m2d::cpu
+
+TORCH_LIBRARY_IMPL(m2d_ext, CPU, m) {
+  m.impl("pool", &m2d::cpu::pool_op);
+  m.impl("pool_backward", &m2d::cpu::pool_backward_op);
+  m.impl("loss", &m2d::cpu::loss_op);
+  m.impl("pooled_loss", &m2d::cpu::pooled_loss_op);
+}

@@ -1,0 +1,104 @@
+// Every formula of the loss, once, for host and device. Standard headers only.
+//
+// For layer l, prefix k (the first d_k of D dimensions), anchor i, candidate j:
+//
+//   E[l,n,:]   = P[l,n,:], or P / max(|P|, eps) where a Normalize follows the pooling
+//   U[l,k,i,j] = <E[l,i,:d_k], E[l,j,:d_k]>           telescopes: U_k = U_{k-1} + chunk k's product
+//   C[l,k,i,j] = U * ia_k[i] * ib_k[j],  ia_k[i] = 1 / max(|E[l,i,:d_k]|, eps)
+//   S[l,k,i,j] = scale * C
+//   CE[l,k]    = mean_i ( logsumexp_j S[l,k,i,j] - S[l,k,i,t(i)] )
+//   KL[l]      = mean_n KL( q[n] || softmax(E[l,n]/tau) ),  q[n] = softmax(E[L-1,n]/tau), detached
+//   loss       = sum_{l,k} W[l,k] CE[l,k] + sum_l V[l] KL[l]
+//
+// Gradient. With G_k = dloss/dC_k = W scale/B (softmax(S_k) - onehot), C_k depends on the rows through
+// the product and through both norms:
+//
+//   dC_k/dE[i] = ia_k ib_k[j] E[j,:d_k] - C_k ia_k^2 E[i,:d_k]        (second term 0 where clamped)
+//
+// Chunk c of the dimensions belongs to every prefix k >= c, so all its terms are suffix sums:
+//
+//   X_c  = sum_{k>=c} G_k ia_k ib_k                                   (B, M)
+//   ra_c = sum_{k>=c} ia_k^2 rowsum(G_k C_k),   rb_c likewise with ib and colsum
+//   dE[anchors, chunk c]    = X_c   E[candidates, chunk c] - ra_c E[anchors, chunk c]
+//   dE[candidates, chunk c] = X_c^T E[anchors, chunk c]    - rb_c E[candidates, chunk c]
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define M2D_INLINE __host__ __device__ __forceinline__
+#elif defined(__GNUC__)
+#define M2D_INLINE inline __attribute__((always_inline))
+#else
+#define M2D_INLINE inline
+#endif
+
+namespace m2d {
+
+constexpr double kNormEps = 1e-12;  // torch.nn.functional.normalize's eps
+
+// 1 / max(|x|, eps) from |x|^2.
+M2D_INLINE double clamped_inverse_norm(double squared) {
+  const double norm = std::sqrt(squared);
+  return norm < kNormEps ? 1.0 / kNormEps : 1.0 / norm;
+}
+
+// The norm is clamped, and so has no gradient, exactly where its inverse is 1 / eps.
+M2D_INLINE bool is_clamped(double inverse_norm) {
+  return inverse_norm >= 1.0 / kNormEps;
+}
+
+// exp(x) for x <= 0, branch-free so that a loop over it vectorises: 2^n exp(r), |r| <= ln(2) / 2, by the
+// Taylor series to r^13 / 13! (relative error below 2^-52). NaN stays NaN; the result never falls below
+// the smallest normal number.
+M2D_INLINE double exp_nonpositive(double x) {
+  constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer
+  x = x < -708.0 ? -708.0 : x;
+  const double shifted = x * 1.4426950408889634 + kRound;
+  const double n = shifted - kRound;
+  const double r = (x - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;
+  double p = 1.0 / 6227020800.0;
+  p = p * r + 1.0 / 479001600.0;
+  p = p * r + 1.0 / 39916800.0;
+  p = p * r + 1.0 / 3628800.0;
+  p = p * r + 1.0 / 362880.0;
+  p = p * r + 1.0 / 40320.0;
+  p = p * r + 1.0 / 5040.0;
+  p = p * r + 1.0 / 720.0;
+  p = p * r + 1.0 / 120.0;
+  p = p * r + 1.0 / 24.0;
+  p = p * r + 1.0 / 6.0;
+  p = p * r + 0.5;
+  p = p * r + 1.0;
+  p = p * r + 1.0;
+  // The low bits of `shifted` hold n; its bits plus the exponent's bias, shifted up, are those of 2^n.
+  uint64_t bits;
+  std::memcpy(&bits, &shifted, sizeof(bits));
+  bits = (bits + 1023) << 52;
+  double two_to_n;
+  std::memcpy(&two_to_n, &bits, sizeof(bits));
+  return p * two_to_n;
+}
+
+// One anchor's softmax in cell (l, k), as far as its gradient needs it. The probability of the target is
+// never formed as 1 - p: in a saturated row that difference is all rounding error, while `others` keeps
+// full relative accuracy.
+struct RowSoftmax {
+  double max;      // max_j S_j
+  double others;   // sum_{j != t} exp(S_j - max)
+  double inverse;  // 1 / sum_j exp(S_j - max)
+};
+
+// logsumexp_j S_j - S_t. `target` is exp(S_t - max), `gap` is max - S_t >= 0: two non-negative terms.
+M2D_INLINE double cross_entropy(double others, double target, double gap) {
+  return gap == 0.0 ? std::log1p(others) : std::log(others + target) + gap;
+}
+
+// KL(q || p) of one row = sum q (zt - z) - (lse_t - lse), z = E/tau of the student, zt of the teacher.
+M2D_INLINE double kl_divergence(double expected_gap, double teacher_lse, double student_lse) {
+  return expected_gap - (teacher_lse - student_lse);
+}
+
+}  // namespace m2d

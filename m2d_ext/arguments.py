@@ -1,0 +1,279 @@
+"""From what a user passes to what the operators take, or one error that names the argument at fault."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .grid import Grid
+from .pooling import LINEAR_MODES, packed_coefficients, padded_coefficients
+from .reference import accumulate_dtype
+
+BACKENDS = ("auto", "fused", "reference")
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+HiddenStates: TypeAlias = Sequence[Tensor | Sequence[Tensor]]
+Weights: TypeAlias = Sequence[Sequence[float]] | Tensor
+
+
+class Tokens(NamedTuple):
+    """Hidden states as blocks of texts, and the coefficient table that pools them."""
+
+    states: list[Tensor]  # L * blocks, layer-major: (n, T, D), or packed (total_tokens, D)
+    coefficients: list[Tensor]  # per block (n, T), or packed (total_tokens,)
+    cu_seqlens: Tensor | None  # (N + 1,) int64, packed only
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.states) // len(self.coefficients)
+
+    @property
+    def num_texts(self) -> int:
+        return sum(map(len, self.coefficients)) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+
+    def select(self, layers: Sequence[int]) -> "Tokens":
+        blocks = len(self.coefficients)
+        states = [state for layer in layers for state in self.states[layer * blocks : (layer + 1) * blocks]]
+        return self._replace(states=states)
+
+
+def read_backend(backend: str) -> str:
+    """ValueError if unknown."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    return backend
+
+
+def read_tokens(
+    hidden_states: HiddenStates,
+    attention_mask: Tensor | Sequence[Tensor] | None,
+    cu_seqlens: Tensor | None,
+    pooling: str,
+) -> Tokens:
+    """Check the hidden states and their mask or ``cu_seqlens``, and make the coefficients.
+
+    Raises:
+        TypeError: an argument is of the wrong kind or dtype.
+        ValueError: a shape, a device or a value is wrong.
+    """
+    if pooling not in LINEAR_MODES:
+        raise ValueError(f"pooling must be one of {', '.join(map(repr, LINEAR_MODES))}, got {pooling!r}")
+    layers = _read_layers(hidden_states)
+    _check_alike(layers, packed=cu_seqlens is not None)
+    blocks = layers[0]
+    states = [state for layer in layers for state in layer]
+    dtype = accumulate_dtype(blocks[0].dtype)
+    if cu_seqlens is not None:
+        if attention_mask is not None:
+            raise ValueError("attention_mask must be None where cu_seqlens is given")
+        offsets = _read_cu_seqlens(cu_seqlens, blocks[0])
+        return Tokens(states, [packed_coefficients(offsets, len(blocks[0]), pooling, dtype)], offsets)
+    masks = _read_masks(attention_mask, blocks)
+    return Tokens(states, [padded_coefficients(mask, pooling, dtype) for mask in masks], None)
+
+
+def _read_layers(hidden_states: HiddenStates) -> list[list[Tensor]]:
+    if isinstance(hidden_states, Tensor) or not isinstance(hidden_states, Sequence):
+        raise TypeError(
+            f"hidden_states must be a sequence with one entry per layer, got {type(hidden_states).__name__}"
+        )
+    if len(hidden_states) == 0:
+        raise ValueError("hidden_states must hold at least one layer, got none")
+    layers = [[layer] if isinstance(layer, Tensor) else list(layer) for layer in hidden_states]
+    for i, layer in enumerate(layers):
+        if not layer or len(layer) != len(layers[0]):
+            raise ValueError(
+                f"hidden_states must hold the same number of tensors per layer, "
+                f"got {len(layer)} in layer {i} and {len(layers[0])} in layer 0"
+            )
+        for state in layer:
+            if not isinstance(state, Tensor):
+                raise TypeError(f"hidden_states[{i}] must be a tensor or tensors, got {type(state).__name__}")
+    return layers
+
+
+def _check_alike(layers: list[list[Tensor]], packed: bool) -> None:
+    first = layers[0][0]
+    if first.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"hidden_states must be float64, float32, bfloat16 or float16, got {first.dtype}")
+    if packed and len(layers[0]) != 1:
+        raise ValueError(f"hidden_states must be one tensor per layer with cu_seqlens, got {len(layers[0])}")
+    ndim, shape = (2, "(total_tokens, D)") if packed else (3, "(N, T, D)")
+    for i, layer in enumerate(layers):
+        for state, block in zip(layer, layers[0], strict=True):
+            name = f"hidden_states[{i}]"
+            if state.ndim != ndim:
+                raise ValueError(f"{name} must have shape {shape}, got {tuple(state.shape)}")
+            if state.shape != block.shape or state.shape[-1] != first.shape[-1]:
+                expected = (*block.shape[:-1], first.shape[-1])
+                raise ValueError(f"{name} must have the shape {expected} of layer 0, got {tuple(state.shape)}")
+            if state.dtype != first.dtype:
+                raise TypeError(f"{name} must have the dtype {first.dtype} of layer 0, got {state.dtype}")
+            if state.device != first.device:
+                raise ValueError(f"{name} must be on the device {first.device} of layer 0, got {state.device}")
+    if first.shape[-1] == 0:
+        raise ValueError(f"hidden_states must have a width D >= 1, got shape {tuple(first.shape)}")
+
+
+def _read_masks(attention_mask: Tensor | Sequence[Tensor] | None, blocks: list[Tensor]) -> list[Tensor]:
+    if attention_mask is None:
+        return [torch.ones(block.shape[:2], device=block.device) for block in blocks]
+    masks = [attention_mask] if isinstance(attention_mask, Tensor) else list(attention_mask)
+    if len(masks) != len(blocks):
+        raise ValueError(f"attention_mask must be {len(blocks)} tensors as in each layer, got {len(masks)}")
+    for mask, block in zip(masks, blocks, strict=True):
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"attention_mask must be a tensor, got {type(mask).__name__}")
+        if mask.shape != block.shape[:2]:
+            raise ValueError(f"attention_mask must have shape {tuple(block.shape[:2])}, got {tuple(mask.shape)}")
+        if mask.is_complex():
+            raise TypeError(f"attention_mask must be boolean, integer or floating point, got {mask.dtype}")
+        if mask.device != block.device:
+            raise ValueError(f"attention_mask must be on the states' device {block.device}, got {mask.device}")
+    return masks
+
+
+def _read_cu_seqlens(cu_seqlens: Tensor, states: Tensor) -> Tensor:
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        kind = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise TypeError(f"cu_seqlens must be an int32 or int64 tensor, got {kind}")
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
+        raise ValueError(f"cu_seqlens must have shape (N + 1,) with N >= 1, got {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.device != states.device:
+        raise ValueError(f"cu_seqlens must be on the states' device {states.device}, got {cu_seqlens.device}")
+    offsets = cu_seqlens.long()
+    if offsets.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere looking would synchronise
+        if offsets[0] != 0 or bool((offsets.diff() < 0).any()):
+            raise ValueError(f"cu_seqlens must start at 0 and never decrease, got {cu_seqlens.tolist()}")
+        if offsets[-1] != len(states):
+            raise ValueError(f"cu_seqlens must end at the token count {len(states)}, got {int(offsets[-1])}")
+    return offsets
+
+
+def read_grid(
+    *,
+    num_layers: int,
+    num_texts: int,
+    width: int,
+    num_columns: int,
+    dims: Sequence[int],
+    weights: Weights,
+    kl_weights: Sequence[float] | Tensor | None,
+    kl_temperature: float,
+    scale: float,
+    normalize: bool,
+) -> Grid:
+    """Check what the loss is asked for.
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: a value is wrong.
+    """
+    _check_columns(num_columns, num_texts)
+    dims = _read_dims(dims, width)
+    kl_weights = [0.0] * num_layers if kl_weights is None else kl_weights
+    grid = Grid(
+        _read_table("weights", weights, (num_layers, len(dims))),
+        _read_table("kl_weights", kl_weights, (num_layers,)),
+        dims,
+        num_columns,
+        _read_positive("scale", scale),
+        _read_positive("kl_temperature", kl_temperature),
+        bool(normalize),
+    )
+    if not _is_traced(kl_weights) and kl_weights[-1] != 0:
+        raise ValueError(
+            f"kl_weights must be 0 for the final layer, which is the teacher, got {float(kl_weights[-1])}"
+        )
+    return grid
+
+
+def _check_columns(num_columns: int, num_texts: int) -> None:
+    if not isinstance(num_columns, int) or isinstance(num_columns, bool):
+        raise TypeError(f"num_columns must be an int, got {type(num_columns).__name__}")
+    if num_columns < 2:
+        raise ValueError(f"num_columns must be at least 2 (anchor and positive), got {num_columns}")
+    if num_texts == 0:
+        raise ValueError("the batch must hold at least one text per column, got none")
+    if num_texts % num_columns:
+        raise ValueError(f"num_columns must divide the {num_texts} texts, got {num_columns}")
+
+
+def _read_dims(dims: Sequence[int], width: int) -> tuple[int, ...]:
+    if len(dims) == 0:
+        raise ValueError("dims must hold at least one dimension, got none")
+    if any(not isinstance(d, int) or isinstance(d, bool) for d in dims):
+        raise TypeError(f"dims must be ints, got {list(dims)}")
+    if dims[0] <= 0 or any(a >= b for a, b in itertools.pairwise(dims)):
+        raise ValueError(f"dims must be positive, ascending and distinct, got {list(dims)}")
+    if dims[-1] > width:
+        raise ValueError(f"dims must not exceed the width {width}, got {list(dims)}")
+    return tuple(dims)
+
+
+def _read_positive(name: str, value: float) -> float:
+    value = float(value)
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+    return value
+
+
+def _is_traced(value: Any) -> bool:
+    """A tensor inside torch.compile: its values cannot be looked at."""
+    return isinstance(value, Tensor) and torch.compiler.is_compiling()
+
+
+def _read_table(name: str, table: Any, shape: tuple[int, ...]) -> Tensor:
+    """A table of numbers as a float64 CPU tensor. Sequences are checked as such: torch.compile sees their values."""
+    if isinstance(table, Tensor):
+        if table.device.type != "cpu" or table.requires_grad:
+            raise ValueError(f"{name} must be a CPU tensor without gradient, got one on {table.device}")
+        if tuple(table.shape) != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(table.shape)}")
+        if not _is_traced(table) and not bool(table.isfinite().all()):
+            raise ValueError(f"{name} must be finite, got {table.tolist()}")
+        return table.to(torch.float64).contiguous()
+    rows = [list(row) for row in table] if len(shape) == 2 else [list(table)]
+    found = (len(rows), *sorted({len(row) for row in rows})) if len(shape) == 2 else (len(rows[0]),)
+    if found != shape:
+        raise ValueError(f"{name} must have shape {shape}, got rows of lengths {[len(row) for row in rows]}")
+    if not all(-math.inf < value < math.inf for row in rows for value in row):
+        raise ValueError(f"{name} must be finite, got {rows}")
+    return torch.tensor(rows, dtype=torch.float64).reshape(shape)
+
+
+def check_pooled(pooled: Tensor, candidates: Tensor | None, target_offset: int, num_columns: int) -> None:
+    """Check pooled rows (L, N, D) and gathered candidates (L, M, D).
+
+    Raises:
+        TypeError: an argument is of the wrong kind or dtype.
+        ValueError: a shape, a device or the offset is wrong.
+    """
+    for name, rows in (("pooled", pooled), ("candidates", candidates)):
+        if rows is None and name == "candidates":
+            continue
+        if not isinstance(rows, Tensor) or rows.dtype not in FLOAT_DTYPES:
+            kind = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
+            raise TypeError(f"{name} must be a float64, float32, bfloat16 or float16 tensor, got {kind}")
+        if rows.ndim != 3 or 0 in rows.shape:
+            raise ValueError(f"{name} must have shape (layers, texts, D), none of them 0, got {tuple(rows.shape)}")
+    _check_columns(num_columns, pooled.shape[1])
+    num_anchors = pooled.shape[1] // num_columns
+    num_candidates = pooled.shape[1] - num_anchors
+    if candidates is not None:
+        num_candidates = candidates.shape[1]
+        if (candidates.shape[0], candidates.shape[2]) != (pooled.shape[0], pooled.shape[2]):
+            expected = (pooled.shape[0], "M", pooled.shape[2])
+            raise ValueError(f"candidates must have shape {expected}, got {tuple(candidates.shape)}")
+        if candidates.dtype != pooled.dtype:
+            raise TypeError(f"candidates must have pooled's dtype {pooled.dtype}, got {candidates.dtype}")
+        if candidates.device != pooled.device:
+            raise ValueError(f"candidates must be on pooled's device {pooled.device}, got {candidates.device}")
+    if not 0 <= target_offset <= num_candidates - num_anchors:
+        raise ValueError(
+            f"target_offset must be in 0..{num_candidates - num_anchors}, so that each of the {num_anchors} anchors "
+            f"has a positive among the {num_candidates} candidates, got {target_offset}"
+        )

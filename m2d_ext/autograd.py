@@ -1,0 +1,108 @@
+"""``torch.autograd.Function`` around the compiled operators.
+
+The loss is a scalar, so its gradient is only ever multiplied by one number: the forward already computes dP, and
+the backward is the scatter ``g a[n, t] dP[l, n, :]`` alone.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import ops
+from .grid import Grid
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _scatter(ctx: Any, pooled_grad: Tensor, grad_output: Tensor | None, needed: Sequence[bool]) -> list[Tensor | None]:
+    """Gradients of the hidden states (layer-major), None for the layers of which no state needs one."""
+    coefficients, cu_seqlens = ctx.coefficients, ctx.cu_seqlens
+    blocks = len(coefficients)
+    layers = [i for i in range(len(needed) // blocks) if any(needed[i * blocks : (i + 1) * blocks])]
+    grads: list[Tensor | None] = [None] * len(needed)
+    if layers:
+        dense = ops.pool_backward(pooled_grad, grad_output, layers, coefficients, cu_seqlens, ctx.dtype)
+        for i, layer in enumerate(layers):
+            grads[layer * blocks : (layer + 1) * blocks] = dense[i * blocks : (i + 1) * blocks]
+    return [grad if need else None for grad, need in zip(grads, needed, strict=True)]
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, coefficients: Any, cu_seqlens: Tensor | None, grid: Grid, *states: Tensor) -> Any:
+        loss, cells, kl, pooled_grad = ops.loss(states, coefficients, cu_seqlens, grid, True)
+        ctx.save_for_backward(pooled_grad)
+        ctx.coefficients, ctx.cu_seqlens, ctx.dtype = coefficients, cu_seqlens, states[0].dtype
+        ctx.mark_non_differentiable(cells, kl)
+        return loss, cells, kl
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> Any:
+        (pooled_grad,) = ctx.saved_tensors
+        return (None, None, None, *_scatter(ctx, pooled_grad, grad_loss, ctx.needs_input_grad[3:]))
+
+
+class _PooledLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pooled: Tensor, candidates: Tensor | None, target_offset: int, grid: Grid) -> Any:
+        loss, cells, kl, *grads = ops.pooled_loss(pooled, candidates, target_offset, grid, True)
+        ctx.save_for_backward(*grads)
+        ctx.mark_non_differentiable(cells, kl)
+        return loss, cells, kl
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> Any:
+        needed = ctx.needs_input_grad[:2]
+        grads = [grad_loss * grad if need else None for grad, need in zip(ctx.saved_tensors, needed, strict=True)]
+        return (*grads, None, None)
+
+
+class _Pool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, coefficients: Any, cu_seqlens: Tensor | None, *states: Tensor) -> Tensor:
+        ctx.coefficients, ctx.cu_seqlens, ctx.dtype = coefficients, cu_seqlens, states[0].dtype
+        return ops.pool(states, coefficients, cu_seqlens)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_pooled: Tensor) -> Any:
+        return (None, None, *_scatter(ctx, grad_pooled.contiguous(), None, ctx.needs_input_grad[2:]))
+
+
+def pool(hidden_states: Sequence[Tensor], coefficients: Sequence[Tensor], cu_seqlens: Tensor | None) -> Tensor:
+    """Differentiable :func:`m2d_ext.ops.pool`."""
+    if _needs_grad(*hidden_states):
+        return _Pool.apply(tuple(coefficients), cu_seqlens, *hidden_states)
+    return ops.pool(hidden_states, coefficients, cu_seqlens)
+
+
+def loss(
+    hidden_states: Sequence[Tensor], coefficients: Sequence[Tensor], cu_seqlens: Tensor | None, grid: Grid
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Differentiable loss with its cells (L, K) and KLs (L,), both detached.
+
+    Args:
+        hidden_states: as in :func:`m2d_ext.ops.loss`, layer-major.
+        coefficients: as there.
+        cu_seqlens: as there.
+        grid: weights, dims and options.
+    """
+    if _needs_grad(*hidden_states):
+        return _Loss.apply(tuple(coefficients), cu_seqlens, grid, *hidden_states)
+    return ops.loss(hidden_states, coefficients, cu_seqlens, grid, False)[:3]
+
+
+def pooled_loss(
+    pooled: Tensor, candidates: Tensor | None, target_offset: int, grid: Grid
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Differentiable :func:`m2d_ext.ops.pooled_loss`; results and ``grid`` as in :func:`loss`."""
+    if _needs_grad(pooled, candidates):
+        return _PooledLoss.apply(pooled, candidates, target_offset, grid)
+    return ops.pooled_loss(pooled, candidates, target_offset, grid, False)[:3]

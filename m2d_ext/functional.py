@@ -1,0 +1,228 @@
+"""The 2D Matryoshka loss as functions of tensors: ``L`` layers × ``K`` dims of in-batch contrastive losses at once.
+
+    P[l, n, :]    = sum_t a[n, t] H[l, n, t, :]                     pooling
+    E[l, n, :]    = P[l, n, :], or P / max(|P|, 1e-12) with ``normalize``
+    S[l, k, i, j] = scale * cos(E[l, i, :d_k], E[l, j, :d_k])       anchor i, candidate j
+    CE[l, k]      = mean_i (logsumexp_j S[l, k, i, j] - S[l, k, i, target(i)])
+    KL[l]         = mean_n KL(softmax(E[L-1, n] / tau) || softmax(E[l, n] / tau)), the teacher detached
+    loss          = sum W[l, k] CE[l, k] + sum V[l] KL[l]
+
+Li et al., "2D Matryoshka Sentence Embeddings", arXiv:2402.14776.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _extension, arguments, autograd, ops, reference
+from .arguments import HiddenStates, Tokens, Weights
+from .grid import Grid
+
+__all__ = ["matryoshka_2d_loss", "matryoshka_2d_loss_pooled", "pool_layers"]
+
+LossAndCells = tuple[Tensor, Tensor, Tensor]
+
+
+def matryoshka_2d_loss(
+    hidden_states: HiddenStates,
+    attention_mask: Tensor | Sequence[Tensor] | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    num_columns: int = 2,
+    dims: Sequence[int],
+    weights: Weights,
+    kl_weights: Sequence[float] | Tensor | None = None,
+    kl_temperature: float = 0.3,
+    scale: float = 20.0,
+    pooling: str = "mean",
+    normalize: bool = False,
+    deferred: bool = False,
+    backend: str = "auto",
+    return_cells: bool = False,
+) -> Tensor | LossAndCells:
+    """The loss of all layers and dims from the model's hidden states.
+
+    Args:
+        hidden_states: L tensors (N, T, D), floating point; or (total_tokens, D) with ``cu_seqlens``; or per layer
+            a list of tensors (n, T_c, D), such as one per column, whose texts follow each other. The N texts are
+            column-major: all anchors, all positives, all first negatives...
+        attention_mask: (N, T), or one (n, T_c) per tensor of a layer; 0 for padding, which is never read. None:
+            every token counts.
+        cu_seqlens: (N + 1,) int, where each packed text starts and the last one ends.
+        num_columns: C >= 2; N is C times the batch size.
+        dims: K prefix lengths, ascending and distinct, at most D.
+        weights: W (L, K), a nested sequence or a CPU tensor. A cell of weight 0 costs nothing.
+        kl_weights: V (L,), 0 for the final layer, the teacher. None: no KL.
+        kl_temperature: tau > 0.
+        scale: factor of the cosines, > 0.
+        pooling: "mean", "cls", "lasttoken", "mean_sqrt_len_tokens" or "weightedmean".
+        normalize: whether the model normalises its pooled rows; it changes the KL.
+        deferred: allows the gradients of all but the final layer to be added where autograd brings those layers'
+            own gradients. The values are the same; they are dense where deferring is not possible.
+        backend: "fused", "reference" (eager PyTorch), or "auto": fused where it can be.
+        return_cells: whether to return also the cells.
+
+    Returns:
+        The loss, a scalar of the accumulation dtype (float32 for half types). With ``return_cells`` also the
+        cross-entropies CE (L, K) and the KLs (L,), both detached, NaN where the weight is 0.
+
+    Raises:
+        TypeError: an argument is of the wrong kind or dtype.
+        ValueError: a shape, a device or a value is wrong; the message names the argument.
+        RuntimeError: ``backend="fused"`` where the extension is not compiled or has no kernels for the device.
+    """
+    tokens = arguments.read_tokens(hidden_states, attention_mask, cu_seqlens, pooling)
+    grid = arguments.read_grid(
+        num_layers=tokens.num_layers,
+        num_texts=tokens.num_texts,
+        width=tokens.states[0].shape[-1],
+        num_columns=num_columns,
+        dims=dims,
+        weights=weights,
+        kl_weights=kl_weights,
+        kl_temperature=kl_temperature,
+        scale=scale,
+        normalize=normalize,
+    )
+    fused = _is_fused(backend, tokens.states[0])
+    layers, active = _active(grid)
+    results = _loss(tokens.select(layers), active, fused)
+    return _with_cells(results, grid, active, layers) if return_cells else results[0]
+
+
+def matryoshka_2d_loss_pooled(
+    pooled: Tensor,
+    *,
+    candidates: Tensor | None = None,
+    target_offset: int = 0,
+    num_columns: int = 2,
+    dims: Sequence[int],
+    weights: Weights,
+    kl_weights: Sequence[float] | Tensor | None = None,
+    kl_temperature: float = 0.3,
+    scale: float = 20.0,
+    normalize: bool = False,
+    backend: str = "auto",
+    return_cells: bool = False,
+) -> Tensor | LossAndCells:
+    """The loss of all layers and dims from pooled rows.
+
+    Args:
+        pooled: (L, N, D), floating point: the anchors and their own candidates, column-major.
+        candidates: (L, M, D), candidates gathered from elsewhere; None: the rows of ``pooled`` after the anchors.
+            The KL is always that of ``pooled``.
+        target_offset: anchor i's positive is candidate ``target_offset + i``.
+        num_columns: as in :func:`matryoshka_2d_loss`, and so are all the others.
+        dims: K prefix lengths.
+        weights: W (L, K).
+        kl_weights: V (L,).
+        kl_temperature: tau > 0.
+        scale: factor of the cosines, > 0.
+        normalize: whether the rows, and the candidates, are to be normalised first.
+        backend: "auto", "fused" or "reference".
+        return_cells: whether to return also the cells.
+
+    Returns:
+        As :func:`matryoshka_2d_loss`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`matryoshka_2d_loss`.
+    """
+    arguments.check_pooled(pooled, candidates, target_offset, num_columns)
+    grid = arguments.read_grid(
+        num_layers=pooled.shape[0],
+        num_texts=pooled.shape[1],
+        width=pooled.shape[2],
+        num_columns=num_columns,
+        dims=dims,
+        weights=weights,
+        kl_weights=kl_weights,
+        kl_temperature=kl_temperature,
+        scale=scale,
+        normalize=normalize,
+    )
+    fused = _is_fused(backend, pooled)
+    layers, active = _active(grid)
+    if len(layers) < len(pooled):
+        pooled = pooled[layers]
+        candidates = None if candidates is None else candidates[layers]
+    dtype = reference.accumulate_dtype(pooled.dtype)
+    rows, others = pooled.to(dtype), None if candidates is None else candidates.to(dtype)
+    results = _pooled_loss(rows, others, target_offset, active, fused)
+    return _with_cells(results, grid, active, layers) if return_cells else results[0]
+
+
+def pool_layers(
+    hidden_states: HiddenStates,
+    attention_mask: Tensor | Sequence[Tensor] | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    pooling: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """Pool every layer's hidden states at once.
+
+    Args:
+        hidden_states: as in :func:`matryoshka_2d_loss`.
+        attention_mask: as there.
+        cu_seqlens: as there.
+        pooling: as there.
+        backend: as there.
+
+    Returns:
+        (L, N, D) of the hidden states' dtype, summed in float32 or wider.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`matryoshka_2d_loss`.
+    """
+    tokens = arguments.read_tokens(hidden_states, attention_mask, cu_seqlens, pooling)
+    pool = autograd.pool if _is_fused(backend, tokens.states[0]) else reference.pool
+    return pool(tokens.states, tokens.coefficients, tokens.cu_seqlens).to(tokens.states[0].dtype)
+
+
+def _is_fused(backend: str, tensor: Tensor) -> bool:
+    """Whether the compiled operators run, for a checked backend and tensors like this one."""
+    if arguments.read_backend(backend) == "reference":
+        return False
+    if tensor.device.type in ops.KERNEL_DEVICES:
+        return True
+    if backend == "fused":
+        _extension.require()
+        raise RuntimeError(f"m2d_ext was compiled without kernels for {tensor.device.type} tensors")
+    missing = f"it has no kernels for {tensor.device.type} tensors" if _extension.available() else "it is not compiled"
+    _extension.warn_missing_once(missing)
+    return False
+
+
+def _active(grid: Grid) -> tuple[list[int], Grid]:
+    if torch.compiler.is_compiling():  # which weights are 0 would be a question to the tensors' data
+        return list(range(len(grid.weights))), grid
+    return grid.active()
+
+
+def _loss(tokens: Tokens, grid: Grid, fused: bool) -> LossAndCells:
+    if fused:
+        return autograd.loss(*tokens, grid)
+    return _pooled_loss(reference.pool(*tokens), None, 0, grid, fused)
+
+
+def _pooled_loss(
+    pooled: Tensor, candidates: Tensor | None, target_offset: int, grid: Grid, fused: bool
+) -> LossAndCells:
+    if fused:
+        return autograd.pooled_loss(pooled, candidates, target_offset, grid)
+    return reference.matryoshka_2d_loss_pooled(pooled, candidates, target_offset, **grid._asdict())
+
+
+def _with_cells(results: LossAndCells, grid: Grid, active: Grid, layers: list[int]) -> LossAndCells:
+    """The cells of the active grid in their places of the whole one."""
+    loss, active_cells, active_kl = results
+    if active.weights.shape == grid.weights.shape:
+        return results
+    columns = [grid.dims.index(d) for d in active.dims]
+    cells = active_cells.new_full(grid.weights.shape, torch.nan)
+    cells[torch.tensor(layers)[:, None], torch.tensor(columns)] = active_cells
+    kl = active_kl.new_full(grid.kl_weights.shape, torch.nan)
+    kl[layers] = active_kl
+    return loss, cells, kl

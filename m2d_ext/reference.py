@@ -1,0 +1,142 @@
+"""The loss in eager PyTorch, line by line: truth, baseline and fallback.
+
+It runs on any device and differentiates by autograd. The formulas are those of ``csrc/math.h``, in the
+same order and with the same names; cells whose weight is 0 are not computed.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NORM_EPS = 1e-12  # torch.nn.functional.normalize's eps
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums are taken: float32 for the half types, else the states' own."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def pool(hidden_states: list[Tensor], coefficients: list[Tensor], cu_seqlens: Tensor | None = None) -> Tensor:
+    """Weighted token sums ``P[l, n, :] = sum_t a[n, t] H[l, n, t, :]``.
+
+    Args:
+        hidden_states: L * blocks tensors, layer-major; a block is (n, T, D), or packed (total_tokens, D).
+        coefficients: ``a`` of each block, (n, T), or packed (total_tokens,).
+        cu_seqlens: packed only, (N + 1,) cumulative lengths.
+
+    Returns:
+        (L, N, D) in the accumulation dtype.
+    """
+    blocks = len(coefficients)
+    layers = [hidden_states[i : i + blocks] for i in range(0, len(hidden_states), blocks)]
+    if cu_seqlens is not None:
+        return torch.stack([_pool_packed(states[0], coefficients[0], cu_seqlens) for states in layers])
+    return torch.stack([torch.cat([_pool_padded(h, a) for h, a in zip(s, coefficients, strict=True)]) for s in layers])
+
+
+def _pool_padded(states: Tensor, coefficients: Tensor) -> Tensor:
+    return torch.bmm(coefficients[:, None, :], states.to(coefficients.dtype)).squeeze(1)
+
+
+def _pool_packed(states: Tensor, coefficients: Tensor, cu_seqlens: Tensor) -> Tensor:
+    num_texts = len(cu_seqlens) - 1
+    text = torch.repeat_interleave(torch.arange(num_texts, device=states.device), cu_seqlens.diff())
+    pooled = coefficients.new_zeros(num_texts, states.shape[-1])
+    return pooled.index_add(0, text, coefficients[:, None] * states.to(coefficients.dtype))
+
+
+def matryoshka_2d_loss_pooled(
+    pooled: Tensor,
+    candidates: Tensor | None,
+    target_offset: int,
+    *,
+    num_columns: int,
+    dims: list[int],
+    weights: Tensor,
+    kl_weights: Tensor,
+    kl_temperature: float,
+    scale: float,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss over pooled rows.
+
+    Args:
+        pooled: P (L, N, D), column-major: rows 0..B are the anchors, N = num_columns * B.
+        candidates: (L, M, D), or None for the rows B..N of ``pooled``.
+        target_offset: anchor i's positive is candidate ``target_offset + i``.
+        num_columns: C.
+        dims: K ascending, distinct prefix lengths.
+        weights: W (L, K), float64 on the CPU.
+        kl_weights: V (L,), float64 on the CPU, 0 for the final layer.
+        kl_temperature: tau.
+        scale: factor of the cosines.
+        normalize: whether rows are normalised before anything else.
+
+    Returns:
+        The loss (), the cross-entropies (L, K) and the KLs (L,), NaN where the weight is 0, both detached.
+    """
+    embeddings = F.normalize(pooled, dim=-1, eps=NORM_EPS) if normalize else pooled
+    num_anchors = embeddings.shape[1] // num_columns
+    anchors, others = embeddings[:, :num_anchors], embeddings[:, num_anchors:]
+    if candidates is not None:
+        others = F.normalize(candidates, dim=-1, eps=NORM_EPS) if normalize else candidates
+    cells = _cross_entropies(anchors, others, target_offset, dims, weights != 0, scale)
+    kl = _kl_divergences(embeddings, kl_weights != 0, kl_temperature)
+    loss = _weighted_sum(cells, weights) + _weighted_sum(kl, kl_weights)
+    return loss, cells.detach(), kl.detach()
+
+
+def _weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
+    used = (weights != 0).to(values.device)
+    return (values.masked_fill(~used, 0) * weights.to(values)).sum()
+
+
+def _prefix_inverse_norms(rows: Tensor, dims: list[int]) -> list[Tensor]:
+    """1 / max(|rows[..., :d]|, eps) for each d, from telescoped squares. (L, R) each."""
+    inverses = []
+    squared = torch.zeros_like(rows[..., 0])
+    for begin, end in zip([0, *dims], dims, strict=False):
+        squared = squared + rows[..., begin:end].square().sum(-1)
+        clamped = squared < NORM_EPS**2
+        inverses.append(torch.where(clamped, 1 / NORM_EPS, squared.masked_fill(clamped, 1).rsqrt()))
+    return inverses
+
+
+def _cross_entropies(
+    anchors: Tensor, candidates: Tensor, target_offset: int, dims: list[int], used: Tensor, scale: float
+) -> Tensor:
+    """CE (L, K); NaN where not used. One pass over the dimensions serves all prefixes."""
+    num_layers, num_anchors, _ = anchors.shape
+    targets = torch.arange(num_anchors, device=anchors.device) + target_offset
+    targets = targets.expand(num_layers, -1)[..., None]
+    inverse_a = _prefix_inverse_norms(anchors, dims)
+    inverse_b = _prefix_inverse_norms(candidates, dims)
+    dot = anchors.new_zeros(num_layers, num_anchors, candidates.shape[1])
+    columns = []
+    for k, (begin, end) in enumerate(zip([0, *dims], dims, strict=False)):
+        # U_k = U_{k-1} + A[:, chunk k] B[:, chunk k]^T
+        dot = dot + anchors[..., begin:end] @ candidates[..., begin:end].mT
+        logits = scale * dot * inverse_a[k][:, :, None] * inverse_b[k][:, None, :]
+        target_logits = logits.gather(2, targets).squeeze(-1)
+        columns.append(_cross_entropy(logits.scatter(2, targets, -torch.inf), target_logits).mean(-1))
+    return torch.stack(columns, dim=1).masked_fill(~used.to(anchors.device), torch.nan)
+
+
+def _cross_entropy(other_logits: Tensor, target_logits: Tensor) -> Tensor:
+    """logsumexp(all) - target = log(1 + exp(logsumexp(others) - target)), exact in saturated rows too.
+
+    The difference of the left side, and the probability - 1 of its gradient, would be all rounding there.
+    """
+    if other_logits.shape[-1] == 1:
+        return target_logits * 0
+    return F.softplus(other_logits.logsumexp(-1) - target_logits, threshold=80)
+
+
+def _kl_divergences(embeddings: Tensor, used: Tensor, temperature: float) -> Tensor:
+    """KL (L,) to the final layer's feature softmax, detached; NaN where not used."""
+    if not used.any():
+        return embeddings.new_full((len(embeddings),), torch.nan)
+    teacher = F.log_softmax(embeddings[-1].detach() / temperature, dim=-1)
+    student = F.log_softmax(embeddings / temperature, dim=-1)
+    kl = (teacher.exp() * (teacher - student)).sum(-1).mean(-1)
+    return kl.masked_fill(~used.to(kl.device), torch.nan)

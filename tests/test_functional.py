@@ -1,0 +1,528 @@
+"""The public functions on both backends, against plain loops in float64."""
+
+from __future__ import annotations
+
+import math
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import m2d_ext
+import oracle
+from m2d_ext.functional import matryoshka_2d_loss, matryoshka_2d_loss_pooled, pool_layers
+
+COMPILED = m2d_ext.build_info()["build"] != "none"
+BACKENDS = ["reference", pytest.param("fused", marks=pytest.mark.skipif(not COMPILED, reason="no extension"))]
+POOLINGS = ["mean", "cls", "lasttoken", "mean_sqrt_len_tokens", "weightedmean"]
+# The reference computes in the states' own dtype, the kernels wider: float32 is rounding in both.
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5}
+backends = pytest.mark.parametrize("backend", BACKENDS)
+
+
+@dataclass
+class Case:
+    """A batch of L layers × C columns, each column padded to its own width, and the loss asked of it."""
+
+    states: list[list[Tensor]]  # L × C tensors (B, T_c, D), float64
+    masks: list[Tensor]  # C tensors (B, T_c)
+    options: dict[str, Any]
+    pooling: str = "mean"
+
+    def leaves(self, dtype: torch.dtype) -> list[list[Tensor]]:
+        return [[state.to(dtype).clone().requires_grad_() for state in layer] for layer in self.states]
+
+    def truth(self) -> tuple[Tensor, list[Tensor]]:
+        leaves = self.leaves(torch.float64)
+        rows = [
+            torch.cat([oracle.pool(h, m, self.pooling) for h, m in zip(layer, self.masks, strict=True)])
+            for layer in leaves
+        ]
+        loss = oracle.loss_of_pooled(torch.stack(rows), **self.options)
+        return loss.detach(), _gradients(loss, leaves)
+
+    def run(self, backend: str, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        leaves = self.leaves(dtype)
+        loss = matryoshka_2d_loss(leaves, self.masks, pooling=self.pooling, backend=backend, **self.options)
+        assert isinstance(loss, Tensor)
+        return loss.detach(), _gradients(loss, leaves)
+
+
+def _gradients(loss: Tensor, leaves: list[list[Tensor]]) -> list[Tensor]:
+    flat = [state for layer in leaves for state in layer]
+    grads = torch.autograd.grad(loss * 1.5, flat, allow_unused=True)
+    return [torch.zeros_like(s) if g is None else g for s, g in zip(flat, grads, strict=True)]
+
+
+def assert_close(
+    outcome: tuple[Tensor, list[Tensor]], truth: tuple[Tensor, list[Tensor]], tolerance: float, noise: float = 0.0
+) -> None:
+    """Loss and each gradient within the tolerance of the truth; gradients measured against the largest of them."""
+    assert abs(outcome[0].item() - truth[0].item()) <= tolerance * abs(truth[0].item()) + noise
+    floor = 1e-3 * max(grad.norm().item() for grad in truth[1]) + noise / tolerance
+    for grad, expected in zip(outcome[1], truth[1], strict=True):
+        assert oracle.relative_error(grad, expected, floor) <= tolerance
+
+
+def make_case(
+    seed: int,
+    num_layers: int,
+    lengths: tuple[int, ...],
+    batch: int,
+    width: int,
+    dims: list[int],
+    *,
+    spread: float = 1.0,
+    zero_cells: float = 0.0,
+    pooling: str = "mean",
+    **options: Any,
+) -> Case:
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        # Rounded to float32, so that a float32 run starts from the same numbers as the truth.
+        return (torch.randn(shape, generator=generator) * spread).double()
+
+    common = randn(num_layers, 1, 1, width) / spread
+    states = [[(randn(batch, t, width) + c).float().double() for t in lengths] for c in common]
+    masks = [(torch.rand(batch, t, generator=generator) > 0.3).long() for t in lengths]
+    weights = torch.rand(num_layers, len(dims), generator=generator)
+    weights = weights.masked_fill(torch.rand(weights.shape, generator=generator) < zero_cells, 0.0)
+    kl_weights = torch.rand(num_layers, generator=generator)
+    kl_weights[-1] = 0
+    defaults = {
+        "num_columns": len(lengths),
+        "dims": dims,
+        "weights": weights.double().tolist(),
+        "kl_weights": kl_weights.double().tolist(),
+    }
+    return Case(states, masks, {**defaults, **options}, pooling)
+
+
+@st.composite
+def cases(draw: Any) -> Case:
+    width = draw(st.sampled_from([4, 17, 32, 48]))
+    # Fewer than 4 dimensions of nearly parallel rows leave nothing of a float32 cosine but rounding.
+    dims = draw(st.lists(st.integers(4, width), min_size=1, max_size=4, unique=True).map(sorted))
+    return make_case(
+        draw(st.integers(0, 2**31)),
+        draw(st.integers(1, 4)),
+        draw(st.lists(st.integers(1, 6), min_size=2, max_size=4).map(tuple)),
+        draw(st.integers(1, 9)),
+        width,
+        dims,
+        spread=draw(st.sampled_from([0.3, 1.0, 5.0])),
+        zero_cells=draw(st.sampled_from([0.0, 0.5, 1.0])),
+        pooling=draw(st.sampled_from(POOLINGS)),
+        scale=draw(st.sampled_from([1.0, 20.0])),
+        kl_temperature=draw(st.sampled_from([0.3, 1.0])),
+        normalize=draw(st.booleans()),
+    )
+
+
+@backends
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(case=cases())
+def test_float64(backend: str, case: Case) -> None:
+    assert_close(case.run(backend, torch.float64), case.truth(), TOLERANCE[torch.float64], noise=1e-12)
+
+
+@pytest.mark.skipif(not COMPILED, reason="no extension")
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(case=cases())
+def test_float32(case: Case) -> None:
+    truth = case.truth()
+    noise = 1e-7 * max(1.0, truth[0].item())
+    assert_close(case.run("fused", torch.float32), truth, TOLERANCE[torch.float32], noise=noise)
+
+
+@backends
+@pytest.mark.parametrize("normalize", [False, True])
+def test_kl_alone(backend: str, normalize: bool) -> None:
+    """With all cells 0 only the KL is left: an error in it would drown in the contrastive loss."""
+    case = make_case(0, 4, (3, 5), 6, 32, [8, 32], zero_cells=1.0, normalize=normalize)
+    truth = case.truth()
+    assert truth[0] > 0
+    assert_close(case.run(backend, torch.float64), truth, TOLERANCE[torch.float64])
+
+
+@backends
+def test_final_layer_of_weight_zero_still_teaches(backend: str) -> None:
+    case = make_case(0, 3, (3, 5), 6, 32, [8, 32])
+    case.options["weights"][-1] = [0.0, 0.0]
+    truth = case.truth()
+    outcome = case.run(backend, torch.float64)
+    assert_close(outcome, truth, TOLERANCE[torch.float64])
+    assert all(not grad.any() for grad in outcome[1][-2:]), "the teacher is detached"
+
+
+@backends
+def test_saturated_rows(backend: str) -> None:
+    """Positives equal to their anchors at a high scale: what is left of the loss is all in small differences."""
+    case = make_case(1, 1, (1, 1), 6, 16, [16], scale=100.0)
+    case.states[0][1] = case.states[0][0].clone()
+    case.masks = [torch.ones(6, 1)] * 2
+    truth = case.truth()
+    assert truth[0] < 1e-6
+    outcome = case.run(backend, torch.float64)
+    # The plain loop forms p - 1 and so is itself exact to 1e-16 of 1, not of the gradient.
+    torch.testing.assert_close(outcome[0], truth[0], rtol=0, atol=1e-15)
+    for grad, expected in zip(outcome[1], truth[1], strict=True):
+        torch.testing.assert_close(grad, expected, rtol=0, atol=1e-14)
+
+
+@backends
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_pool_layers(backend: str, pooling: str) -> None:
+    case = make_case(2, 3, (7,), 5, 16, [16])
+    case.masks[0][2] = 0
+    leaves = case.leaves(torch.float64)
+    rows = pool_layers(leaves, case.masks, pooling=pooling, backend=backend)
+    expected = torch.stack([oracle.pool(layer[0], case.masks[0], pooling) for layer in leaves])
+    torch.testing.assert_close(rows, expected)
+    upstream = torch.randn_like(rows)
+    flat = [layer[0] for layer in leaves]
+    for grad, truth in zip(
+        torch.autograd.grad(rows, flat, upstream), torch.autograd.grad(expected, flat, upstream), strict=True
+    ):
+        torch.testing.assert_close(grad, truth)
+
+
+@backends
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_packed_equals_padded(backend: str, pooling: str) -> None:
+    case = make_case(3, 3, (6,), 8, 16, [4, 16])
+    lengths = torch.tensor([6, 1, 3, 2, 5, 4, 6, 1])
+    mask = torch.arange(6) < lengths[:, None]
+    options = {**case.options, "num_columns": 2, "pooling": pooling, "backend": backend}
+    padded = [layer[0].clone().requires_grad_() for layer in case.states]
+    packed = [state.detach()[mask].requires_grad_() for state in padded]
+    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int32), lengths.cumsum(0).int()])
+    loss = matryoshka_2d_loss(padded, mask, **options)
+    packed_loss = matryoshka_2d_loss(packed, cu_seqlens=cu_seqlens, **options)
+    torch.testing.assert_close(packed_loss, loss)
+    for a, b in zip(torch.autograd.grad(packed_loss, packed), torch.autograd.grad(loss, padded), strict=True):
+        torch.testing.assert_close(a, b[mask])
+
+
+@pytest.mark.skipif(not COMPILED, reason="no extension")
+def test_padding_is_never_read() -> None:
+    case = make_case(4, 2, (6, 6), 5, 16, [8, 16])
+    clean = case.run("fused", torch.float32)
+    for layer in case.states:
+        for state, mask in zip(layer, case.masks, strict=True):
+            state[mask == 0] = torch.nan
+    poisoned = case.run("fused", torch.float32)
+    assert torch.equal(clean[0], poisoned[0])
+    assert all(map(torch.equal, clean[1], poisoned[1]))
+
+
+@backends
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_texts_without_tokens_are_zero(backend: str, pooling: str, normalize: bool) -> None:
+    case = make_case(5, 2, (4, 3), 4, 16, [8, 16], pooling=pooling, normalize=normalize)
+    case.masks[0][1] = 0
+    case.masks[1][3] = 0
+    loss, grads = case.run(backend, torch.float32)
+    assert math.isfinite(loss)
+    assert all(grad.isfinite().all() for grad in grads)
+    assert all(not grads[i][1].any() and not grads[i + 1][3].any() for i in (0, 2))
+
+
+@backends
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_bad_numbers_stay_bad(backend: str, bad: float) -> None:
+    case = make_case(6, 2, (3, 3), 4, 16, [8, 16])
+    case.masks = [torch.ones(4, 3)] * 2
+    case.states[1][0][0, 0, 0] = bad
+    loss, _ = case.run(backend, torch.float32)
+    assert not math.isfinite(loss)
+
+
+@backends
+def test_cells(backend: str) -> None:
+    case = make_case(7, 3, (4, 4), 5, 16, [4, 8, 16])
+    case.options["weights"] = [[0.0, 2.0, 0.0], [0.0, 0.0, 0.0], [0.0, 1.0, 3.0]]
+    case.options["kl_weights"] = [0.0, 0.5, 0.0]
+    leaves = case.leaves(torch.float64)
+    loss, cells, kl = matryoshka_2d_loss(leaves, case.masks, return_cells=True, backend=backend, **case.options)
+    weights, kl_weights = torch.tensor(case.options["weights"]), torch.tensor(case.options["kl_weights"])
+    assert torch.equal(cells.isnan(), weights == 0)
+    assert torch.equal(kl.isnan(), kl_weights == 0)
+    total = (cells.nan_to_num() * weights).sum() + (kl.nan_to_num() * kl_weights).sum()
+    torch.testing.assert_close(total.double(), loss.detach())
+    assert not cells.requires_grad
+    assert not kl.requires_grad
+
+
+@backends
+def test_unused_layers_get_no_gradient(backend: str) -> None:
+    case = make_case(8, 3, (4, 4), 5, 16, [16])
+    case.options["weights"] = [[1.0], [0.0], [1.0]]
+    case.options["kl_weights"] = None
+    leaves = case.leaves(torch.float32)
+    matryoshka_2d_loss(leaves, case.masks, backend=backend, **case.options).backward()
+    assert [leaf.grad is None for layer in leaves for leaf in layer] == [False, False, True, True, False, False]
+
+
+@backends
+def test_partial_requires_grad(backend: str) -> None:
+    case = make_case(9, 3, (4, 3), 5, 16, [8, 16])
+    dense = case.run(backend, torch.float64)[1]
+    leaves = case.leaves(torch.float64)
+    leaves[0][0].requires_grad_(False)
+    leaves[2][0].requires_grad_(False)
+    leaves[2][1].requires_grad_(False)
+    loss = matryoshka_2d_loss(leaves, case.masks, backend=backend, **case.options) * 1.5
+    loss.backward()
+    for i, leaf in enumerate(leaf for layer in leaves for leaf in layer):
+        assert (leaf.grad is None) == (i in (0, 4, 5))
+        if leaf.grad is not None:
+            torch.testing.assert_close(leaf.grad, dense[i])
+
+
+@pytest.mark.skipif(not COMPILED, reason="no extension")
+def test_no_gradient_is_computed_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    from m2d_ext import ops
+
+    wanted = []
+    original = ops.loss
+    monkeypatch.setattr(ops, "loss", lambda *args: (wanted.append(args[-1]), original(*args))[1])
+    case = make_case(10, 2, (4, 4), 5, 16, [16])
+    leaves = case.leaves(torch.float32)
+    with torch.no_grad():
+        quiet = matryoshka_2d_loss(leaves, case.masks, **case.options)
+    detached = matryoshka_2d_loss([[s.detach() for s in layer] for layer in leaves], case.masks, **case.options)
+    loud = matryoshka_2d_loss(leaves, case.masks, **case.options)
+    assert wanted == [False, False, True]
+    assert not quiet.requires_grad
+    assert torch.equal(quiet, loud.detach())
+    assert torch.equal(detached, quiet)
+
+
+@backends
+def test_strides_do_not_matter(backend: str) -> None:
+    """Transposed, sliced and expanded states are those numbers all the same."""
+    case = make_case(11, 2, (4, 4), 5, 16, [8, 16])
+    dense = case.run(backend, torch.float64)
+    views = [
+        [state.transpose(0, 2).contiguous().transpose(0, 2) for state in case.states[0]],
+        [torch.cat([state, state], dim=1)[:, :4] for state in case.states[1]],
+    ]
+    assert not views[0][0].is_contiguous()
+    assert_close(Case(views, case.masks, case.options).run(backend, torch.float64), dense, 1e-12)
+    expanded = [state[:1].expand(5, -1, -1) for state in case.states[0]]
+    copied = [state.contiguous() for state in expanded]
+    results = [
+        matryoshka_2d_loss([states, states], case.masks, backend=backend, **case.options)
+        for states in (expanded, copied)
+    ]
+    assert torch.equal(*results)
+
+
+@pytest.mark.skipif(not COMPILED, reason="no extension")
+def test_more_than_2_31_elements() -> None:
+    """Offsets are 64-bit: the texts of an expanded tensor are all the same row in memory."""
+    num_texts, tokens, width = 2**14, 2**11, 2**7
+    states = torch.randn(1, tokens, width).expand(num_texts, -1, -1)
+    assert states.numel() > 2**31
+    mask = torch.zeros(num_texts, tokens)
+    mask[:, -1] = 1
+    pooled = pool_layers([states], mask)
+    assert torch.equal(pooled[0], states[:, -1])
+
+
+@pytest.mark.skipif(not COMPILED, reason="no extension")
+def test_same_bits_every_time_and_for_any_number_of_threads() -> None:
+    case = make_case(12, 3, (9, 5), 40, 48, [16, 48])
+    first = case.run("fused", torch.float32)
+    threads = torch.get_num_threads()
+    try:
+        for i in range(20):
+            torch.set_num_threads(1 + i % 3)
+            again = case.run("fused", torch.float32)
+            assert torch.equal(first[0], again[0])
+            assert all(map(torch.equal, first[1], again[1]))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(not COMPILED, reason="no extension")
+def test_several_python_threads_at_once() -> None:
+    case = make_case(13, 3, (9, 5), 20, 32, [16, 32])
+    expected = case.run("fused", torch.float32)
+    outcomes: list[tuple[Tensor, list[Tensor]]] = []
+    workers = [
+        threading.Thread(target=lambda: outcomes.extend(case.run("fused", torch.float32) for _ in range(5)))
+        for _ in range(4)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(outcomes) == 20
+    for loss, grads in outcomes:
+        assert torch.equal(loss, expected[0])
+        assert all(map(torch.equal, grads, expected[1]))
+
+
+POOLED_SHAPES = [
+    # L, B, columns, M, D, dims: small, and two so large that similarities are recomputed instead of kept
+    (2, 9, 3, 31, 16, [5, 9]),
+    (2, 500, 2, 1100, 24, [8, 24]),
+    (1, 800, 2, 1500, 16, [16]),
+]
+
+
+@backends
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("shape", POOLED_SHAPES, ids=str)
+def test_pooled(backend: str, shape: tuple[Any, ...], normalize: bool, gathered: bool) -> None:
+    num_layers, batch, columns, num_candidates, width, dims = shape
+    generator = torch.Generator().manual_seed(0)
+    pooled = torch.randn(num_layers, columns * batch, width, generator=generator, dtype=torch.float64)
+    candidates = torch.randn(num_layers, num_candidates, width, generator=generator, dtype=torch.float64)
+    options: dict[str, Any] = {
+        "num_columns": columns,
+        "dims": dims,
+        "weights": [[1.0, 0.5][: len(dims)]] * num_layers,
+        "kl_weights": [0.7] * (num_layers - 1) + [0.0],
+        "normalize": normalize,
+    }
+    leaves = [pooled.requires_grad_(), *([candidates.requires_grad_()] if gathered else [])]
+    offset = num_candidates - batch if gathered else 0
+    truth = oracle.loss_of_pooled(pooled, candidates if gathered else None, offset, **options)
+    loss = matryoshka_2d_loss_pooled(
+        pooled, candidates=candidates if gathered else None, target_offset=offset, backend=backend, **options
+    )
+    assert isinstance(loss, Tensor)
+    torch.testing.assert_close(loss, truth)
+    for grad, expected in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(truth, leaves), strict=True):
+        assert oracle.relative_error(grad, expected) < 1e-12
+
+
+@pytest.mark.skipif(not COMPILED, reason="no extension")
+def test_pooled_of_fewer_active_layers() -> None:
+    pooled = torch.randn(3, 8, 16, dtype=torch.float64, requires_grad=True)
+    weights = [[0.0, 0.0], [1.0, 0.0], [0.0, 0.0]]
+    loss = matryoshka_2d_loss_pooled(pooled, dims=[8, 16], weights=weights)
+    truth = oracle.loss_of_pooled(pooled, num_columns=2, dims=[8, 16], weights=weights)
+    torch.testing.assert_close(loss, truth)
+    (grad,), (expected,) = torch.autograd.grad(loss, pooled), torch.autograd.grad(truth, pooled)
+    torch.testing.assert_close(grad, expected)
+
+
+def _arguments(**changes: Any) -> dict[str, Any]:
+    states = [torch.randn(4, 3, 8) for _ in range(2)]
+    defaults = {"hidden_states": states, "attention_mask": torch.ones(4, 3), "dims": [4, 8], "weights": [[1, 1]] * 2}
+    return {**defaults, **changes}
+
+
+BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "dims empty": ({"dims": []}, ValueError, "dims must hold at least one"),
+    "dims unsorted": ({"dims": [8, 4]}, ValueError, r"dims must be positive, ascending and distinct, got \[8, 4\]"),
+    "dims repeated": ({"dims": [4, 4]}, ValueError, "dims must be .* distinct"),
+    "dim of zero": ({"dims": [0, 4]}, ValueError, "dims must be positive"),
+    "dim too large": ({"dims": [4, 9]}, ValueError, "dims must not exceed the width 8, got"),
+    "dims not ints": ({"dims": [4.0, 8.0]}, TypeError, "dims must be ints"),
+    "weights too few": ({"weights": [[1, 1]]}, ValueError, r"weights must have shape \(2, 2\), got rows"),
+    "weights ragged": ({"weights": [[1, 1], [1]]}, ValueError, r"weights must have shape \(2, 2\), got rows"),
+    "weights not finite": ({"weights": [[1, math.nan], [1, 1]]}, ValueError, "weights must be finite"),
+    "kl_weights too many": ({"kl_weights": [1, 1, 0]}, ValueError, r"kl_weights must have shape \(2,\)"),
+    "kl_weights of the teacher": ({"kl_weights": [1, 1]}, ValueError, "kl_weights must be 0 for the final layer"),
+    "kl_weights not finite": ({"kl_weights": [math.inf, 0]}, ValueError, "kl_weights must be finite"),
+    "temperature": ({"kl_temperature": 0}, ValueError, "kl_temperature must be positive and finite, got 0.0"),
+    "scale": ({"scale": -1}, ValueError, "scale must be positive and finite, got -1.0"),
+    "one column": ({"num_columns": 1}, ValueError, "num_columns must be at least 2"),
+    "columns do not divide": ({"num_columns": 3}, ValueError, "num_columns must divide the 4 texts, got 3"),
+    "columns not int": ({"num_columns": 2.0}, TypeError, "num_columns must be an int, got float"),
+    "no layers": ({"hidden_states": []}, ValueError, "hidden_states must hold at least one layer"),
+    "one tensor": ({"hidden_states": torch.randn(2, 4, 3, 8)}, TypeError, "hidden_states must be a sequence"),
+    "integer states": ({"hidden_states": [torch.ones(4, 3, 8, dtype=torch.long)] * 2}, TypeError, "float64"),
+    "other shapes": (
+        {"hidden_states": [torch.randn(4, 3, 8), torch.randn(4, 2, 8)]},
+        ValueError,
+        r"hidden_states\[1\]",
+    ),
+    "other dtypes": (
+        {"hidden_states": [torch.randn(4, 3, 8), torch.randn(4, 3, 8).double()]},
+        TypeError,
+        r"hidden_states\[1\] must have the dtype torch.float32",
+    ),
+    "other devices": (
+        {"hidden_states": [torch.randn(4, 3, 8), torch.randn(4, 3, 8, device="meta")]},
+        ValueError,
+        r"hidden_states\[1\] must be on the device cpu of layer 0, got meta",
+    ),
+    "two dimensions": ({"hidden_states": [torch.randn(4, 8)] * 2}, ValueError, r"must have shape \(N, T, D\)"),
+    "empty batch": (
+        {"hidden_states": [torch.randn(0, 3, 8)] * 2, "attention_mask": torch.ones(0, 3)},
+        ValueError,
+        "the batch must hold at least one text",
+    ),
+    "mask shape": ({"attention_mask": torch.ones(4, 2)}, ValueError, r"attention_mask must have shape \(4, 3\)"),
+    "mask device": ({"attention_mask": torch.ones(4, 3, device="meta")}, ValueError, "attention_mask must be on"),
+    "mask complex": ({"attention_mask": torch.ones(4, 3, dtype=torch.cfloat)}, TypeError, "attention_mask must be"),
+    "mask count": ({"attention_mask": [torch.ones(4, 3)] * 2}, ValueError, "attention_mask must be 1 tensors"),
+    "unknown pooling": ({"pooling": "median"}, ValueError, "pooling must be one of .* got 'median'"),
+    "unknown backend": ({"backend": "triton"}, ValueError, "backend must be one of .* got 'triton'"),
+}
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
+def test_bad_arguments(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        matryoshka_2d_loss(**_arguments(**changes))
+
+
+BAD_OFFSETS = {
+    "decreasing": ([0, 3, 2, 5], ValueError, "cu_seqlens must start at 0 and never decrease"),
+    "not from zero": ([1, 3, 5], ValueError, "cu_seqlens must start at 0"),
+    "wrong end": ([0, 3, 4], ValueError, "cu_seqlens must end at the token count 5, got 4"),
+    "too short": ([0], ValueError, r"cu_seqlens must have shape \(N \+ 1,\)"),
+    "floats": ([0.0, 2.0, 5.0], TypeError, "cu_seqlens must be an int32 or int64 tensor, got torch.float32"),
+}
+
+
+@pytest.mark.parametrize(("offsets", "error", "message"), BAD_OFFSETS.values(), ids=BAD_OFFSETS)
+def test_bad_cu_seqlens(offsets: list[Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        matryoshka_2d_loss([torch.randn(5, 8)], cu_seqlens=torch.tensor(offsets), dims=[8], weights=[[1]])
+
+
+BAD_POOLED = {
+    "two dimensions": ({"pooled": torch.randn(4, 8)}, ValueError, "pooled must have shape"),
+    "integers": ({"pooled": torch.ones(1, 4, 8, dtype=torch.long)}, TypeError, "pooled must be a float64"),
+    "candidate width": ({"candidates": torch.randn(1, 4, 7)}, ValueError, r"candidates must have shape \(1, 'M', 8\)"),
+    "candidate dtype": ({"candidates": torch.randn(1, 4, 8).double()}, TypeError, "candidates must have pooled's"),
+    "offset": ({"target_offset": 1}, ValueError, r"target_offset must be in 0\.\.0"),
+    "negative offset": ({"target_offset": -1}, ValueError, "target_offset must be in"),
+}
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), BAD_POOLED.values(), ids=BAD_POOLED)
+def test_bad_pooled(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        matryoshka_2d_loss_pooled(**{"pooled": torch.randn(1, 4, 8), "dims": [8], "weights": [[1]], **changes})
+
+
+@pytest.mark.skipif(COMPILED, reason="the extension is there")
+def test_without_extension(recwarn: pytest.WarningsRecorder) -> None:
+    loss = matryoshka_2d_loss(**_arguments())
+    assert math.isfinite(loss)
+    with pytest.raises(RuntimeError, match="M2D_BUILD=cpu"):
+        matryoshka_2d_loss(**_arguments(backend="fused"))
+
+
+@pytest.mark.skipif(not COMPILED, reason="no extension")
+def test_device_without_kernels() -> None:
+    states = [torch.empty(4, 3, 8, device="meta")] * 2
+    with pytest.raises(RuntimeError, match="without kernels for meta tensors"):
+        matryoshka_2d_loss(states, dims=[8], weights=[[1]] * 2, backend="fused")

@@ -1,0 +1,112 @@
+"""The compiled operators: torch's own checks of registration, gradients and compilation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import m2d_ext
+from m2d_ext.functional import matryoshka_2d_loss, matryoshka_2d_loss_pooled
+from m2d_ext.grid import Grid
+
+pytestmark = pytest.mark.skipif(m2d_ext.build_info()["build"] == "none", reason="no extension")
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def _accumulate(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _grid(num_layers: int, dims: tuple[int, ...] = (4, 8)) -> Grid:
+    # No weight is 0: cells that are not computed are NaN, which opcheck does not compare.
+    kl_weights = torch.ones(num_layers, dtype=torch.float64)
+    return Grid(torch.ones(num_layers, len(dims), dtype=torch.float64), kl_weights, dims, 2, 20.0, 0.3, True)
+
+
+def _tokens(dtype: torch.dtype, packed: bool) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+    if packed:
+        offsets = torch.tensor([0, 2, 5, 6, 9])
+        return [torch.randn(9, 8, dtype=dtype) for _ in range(3)], [torch.rand(9, dtype=_accumulate(dtype))], offsets
+    states = [torch.randn(2, t, 8, dtype=dtype) for _ in range(3) for t in (3, 5)]
+    return states, [torch.rand(2, t, dtype=_accumulate(dtype)) for t in (3, 5)], None
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_opcheck_of_tokens(dtype: torch.dtype, packed: bool) -> None:
+    states, coefficients, offsets = _tokens(dtype, packed)
+    torch.library.opcheck(torch.ops.m2d_ext.pool, (states, coefficients, offsets))
+    for needs_grad in (False, True):
+        torch.library.opcheck(torch.ops.m2d_ext.loss, (states, coefficients, offsets, *_grid(3), needs_grad))
+    rows = torch.randn(3, 4, 8, dtype=_accumulate(dtype))
+    torch.library.opcheck(
+        torch.ops.m2d_ext.pool_backward, (rows, torch.tensor(2.0), [0, 2], coefficients, offsets, dtype)
+    )
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_opcheck_of_pooled(gathered: bool, needs_grad: bool) -> None:
+    candidates = torch.randn(3, 7, 8) if gathered else None
+    arguments = (torch.randn(3, 4, 8), candidates, 1 if gathered else 0, *_grid(3), needs_grad)
+    torch.library.opcheck(torch.ops.m2d_ext.pooled_loss, arguments)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_gradcheck(normalize: bool) -> None:
+    """Numerical derivatives, without KL: its teacher is detached, and so is no derivative of the loss's value."""
+    states = [torch.randn(4, 3, 6, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1], [0, 1, 1], [1, 0, 0]])
+    options: dict[str, Any] = {"dims": [3, 6], "weights": [[1.0, 0.5]] * 3, "scale": 3.0, "normalize": normalize}
+    assert torch.autograd.gradcheck(lambda *s: matryoshka_2d_loss(s, mask, **options), states)
+    pooled = torch.randn(2, 4, 6, dtype=torch.float64, requires_grad=True)
+    candidates = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
+    options["weights"] = options["weights"][:2]
+    assert torch.autograd.gradcheck(
+        lambda p, c: matryoshka_2d_loss_pooled(p, candidates=c, target_offset=2, **options), (pooled, candidates)
+    )
+
+
+def test_gradcheck_of_earlier_layers_with_kl() -> None:
+    states = [torch.randn(4, 3, 6, dtype=torch.float64, requires_grad=i < 2) for i in range(3)]
+    options: dict[str, Any] = {"dims": [3, 6], "weights": [[1.0, 0.5]] * 3, "kl_weights": [1.0, 0.5, 0.0]}
+    assert torch.autograd.gradcheck(lambda a, b: matryoshka_2d_loss([a, b, states[2]], **options), states[:2])
+
+
+def test_malformed_calls_are_refused() -> None:
+    """The private operators check what their kernels rely on."""
+    states, coefficients, _ = _tokens(torch.float32, packed=False)
+    with pytest.raises(RuntimeError, match="expected a multiple of 2 hidden states"):
+        torch.ops.m2d_ext.pool(states[:5], coefficients, None)
+    with pytest.raises(RuntimeError, match="do not fit"):
+        torch.ops.m2d_ext.pool(states[::-1], coefficients, None)
+    with pytest.raises(RuntimeError, match="coefficients must be"):
+        torch.ops.m2d_ext.pool(states, [a.double() for a in coefficients], None)
+    with pytest.raises(RuntimeError, match="cu_seqlens must end"):
+        torch.ops.m2d_ext.pool([torch.randn(9, 8)], [torch.rand(9)], torch.tensor([0, 20]))
+    rows = torch.randn(1, 4, 8)
+    with pytest.raises(RuntimeError, match="dims must ascend"):
+        torch.ops.m2d_ext.pooled_loss(rows, None, 0, *_grid(1, (4, 9)), True)
+    with pytest.raises(RuntimeError, match="target_offset"):
+        torch.ops.m2d_ext.pooled_loss(rows, None, 1, *_grid(1), True)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(dynamic: bool) -> None:
+    options: dict[str, Any] = {"dims": [4, 8], "weights": [[1.0, 0.5]] * 2, "kl_weights": [0.5, 0.0]}
+
+    def step(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
+        return matryoshka_2d_loss([a * 2, b], mask, **options)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for num_tokens in (3, 5):
+        states = [torch.randn(4, num_tokens, 8, requires_grad=True) for _ in range(2)]
+        mask = torch.ones(4, num_tokens)
+        eager, traced = step(*states, mask), compiled(*states, mask)
+        torch.testing.assert_close(traced, eager)
+        for a, b in zip(torch.autograd.grad(traced, states), torch.autograd.grad(eager, states), strict=True):
+            torch.testing.assert_close(a, b)
