@@ -1,0 +1,195 @@
+"""MatryoshkaLoss: a base loss at several embedding dimensions."""
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from sentence_transformers import SentenceTransformer
+from torch import Tensor, nn
+
+from ..functional import matryoshka_2d_loss
+from . import fallback, pipeline
+from .pipeline import ColumnStates, Features
+
+logger = logging.getLogger("m2d_ext")
+
+
+def uses_gradient_cache(loss: nn.Module) -> bool:
+    """Whether the loss re-embeds its inputs in a hook on the loss that it returns."""
+    from sentence_transformers.sentence_transformer import losses
+
+    return getattr(loss, "uses_gradient_cache", False) or isinstance(
+        loss,
+        (
+            losses.CachedMultipleNegativesRankingLoss,
+            losses.CachedMultipleNegativesSymmetricRankingLoss,
+            losses.CachedGISTEmbedLoss,
+        ),
+    )
+
+
+def say_fallback(loss: nn.Module, reason: str) -> None:
+    """One log line per loss object."""
+    if getattr(loss, "_fallback_reason", None) != reason:
+        object.__setattr__(loss, "_fallback_reason", reason)
+        logger.warning("%s is falling back to the loop: %s.", type(loss).__name__, reason)
+
+
+def fused_loss(states: ColumnStates, base_loss: Any, normalize: bool, **grid: Any) -> Tensor:
+    """The grid's loss with an in-batch ranking loss as its cells.
+
+    Raises:
+        ValueError: fewer than two columns.
+    """
+    if states.num_columns < 2:
+        raise ValueError(f"Expected at least 2 embeddings, got {states.num_columns}")
+    loss = matryoshka_2d_loss(
+        states.layers,
+        states.masks,
+        num_columns=states.num_columns,
+        scale=base_loss.scale,
+        normalize=normalize,
+        **grid,
+    )
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+class MatryoshkaLoss(nn.Module):
+    """Trains embeddings that can be cut to fewer dimensions: the sum of a base loss over prefixes of them.
+
+    A drop-in for ``sentence_transformers.losses.MatryoshkaLoss``: the same loss, gradients, draws and errors. The
+    dims of a ``MultipleNegativesRankingLoss`` behind Transformer, mean Pooling and perhaps Normalize cost one fused
+    loss; anything else runs the reference loop, and one log line says why.
+
+    Kusupati et al., "Matryoshka Representation Learning", arXiv:2205.13147.
+
+    Args:
+        model: the model.
+        loss: the base loss.
+        matryoshka_dims: dimensions, in any order.
+        matryoshka_weights: one weight per dimension; None: 1 each.
+        n_dims_per_step: how many dims to draw per step; -1 for all.
+
+    Raises:
+        ValueError: no dims, dims <= 0 or above the model's, or weights of another length.
+    """
+
+    # Any, because the Trainer puts a wrapper in the model's place.
+    model: Any
+    loss: Any
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        loss: Any,
+        matryoshka_dims: Sequence[int],
+        matryoshka_weights: Sequence[float] | Sequence[int] | None = None,
+        n_dims_per_step: int = -1,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+        if not matryoshka_dims:
+            raise ValueError("You must provide at least one dimension in matryoshka_dims.")
+        if any(dim <= 0 for dim in matryoshka_dims):
+            raise ValueError("All dimensions passed to a matryoshka loss must be > 0.")
+        if matryoshka_weights is None:
+            matryoshka_weights = [1] * len(matryoshka_dims)
+        elif len(matryoshka_weights) != len(matryoshka_dims):
+            raise ValueError("matryoshka_weights must be the same length as matryoshka_dims.")
+        _check_width(model.get_embedding_dimension(), matryoshka_dims)
+
+        pairs = sorted(zip(matryoshka_dims, matryoshka_weights, strict=True), key=lambda pair: pair[0], reverse=True)
+        self.matryoshka_dims: tuple[int, ...] = tuple(dim for dim, _ in pairs)
+        self.matryoshka_weights: tuple[float, ...] = tuple(weight for _, weight in pairs)
+        self.n_dims_per_step = n_dims_per_step
+        self.uses_gradient_cache = uses_gradient_cache(loss)
+        if self.uses_gradient_cache:
+            loss.calculate_loss = fallback.CachedDims(
+                loss.calculate_loss, self.matryoshka_dims, self.matryoshka_weights, n_dims_per_step
+            )
+
+    @property
+    def grid_dims(self) -> list[int]:
+        """The distinct dims, ascending: the columns of the grid."""
+        return sorted(set(self.matryoshka_dims))
+
+    def draw_dims(self) -> Sequence[int]:
+        """This step's dims, as indices into ``matryoshka_dims``."""
+        return sorted(fallback.sample(len(self.matryoshka_dims), self.n_dims_per_step))
+
+    def row(self, drawn: Sequence[int]) -> list[float]:
+        """The weights of ``grid_dims`` for the drawn dims; repeated dims add up."""
+        weights = dict.fromkeys(self.grid_dims, 0.0)
+        for index in drawn:
+            weights[self.matryoshka_dims[index]] += self.matryoshka_weights[index]
+        return list(weights.values())
+
+    def forward(self, sentence_features: Iterable[Features], labels: Tensor) -> Tensor:
+        """The loss of one batch.
+
+        Args:
+            sentence_features: C feature dicts of B texts each.
+            labels: passed to the base loss.
+
+        Returns:
+            A scalar.
+        """
+        if self.uses_gradient_cache:
+            say_fallback(self, f"{type(self.loss).__name__} caches gradients")
+            return self.loss(sentence_features, labels)
+        features = list(sentence_features)
+        model = pipeline.find_model(self.model)
+        reason = pipeline.why_not_fused(model, self.loss, features)
+        drawn = self.draw_dims()
+        if reason is not None:
+            say_fallback(self, reason)
+            return fallback.matryoshka_loss(
+                self.model, self.loss, self.matryoshka_dims, self.matryoshka_weights, drawn, features, labels
+            )
+        return fused_loss(
+            pipeline.final_states(self.model, features),
+            self.loss,
+            pipeline.is_normalized(model),
+            dims=self.grid_dims,
+            weights=[self.row(drawn)],
+        )
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """What the model card says of this loss."""
+        return {
+            "loss": type(self.loss).__name__,
+            "matryoshka_dims": self.matryoshka_dims,
+            "matryoshka_weights": self.matryoshka_weights,
+            "n_dims_per_step": self.n_dims_per_step,
+        }
+
+    @property
+    def citation(self) -> str:
+        """BibTeX."""
+        return """
+@misc{kusupati2024matryoshka,
+    title={Matryoshka Representation Learning},
+    author={Aditya Kusupati and Gantavya Bhatt and Aniket Rege and Matthew Wallingford and Aditya Sinha and Vivek Ramanujan and William Howard-Snyder and Kaifeng Chen and Sham Kakade and Prateek Jain and Ali Farhadi},
+    year={2024},
+    eprint={2205.13147},
+    archivePrefix={arXiv},
+    primaryClass={cs.LG}
+}
+"""  # noqa: E501
+
+
+def _check_width(width: int | None, dims: Sequence[int]) -> None:
+    """ValueError if a dim exceeds the model's; a warning if the full width is not trained."""
+    if width is None:
+        return
+    if any(dim > width for dim in dims):
+        raise ValueError(f"Dimensions in matryoshka_dims cannot exceed the model's embedding dimension of {width}.")
+    if width not in dims:
+        logger.warning(
+            f"The model's embedding dimension {width} is not included in matryoshka_dims: {dims}. "
+            "This means that the full model dimension won't be trained, which may lead to degraded performance "
+            "when using the model without specifying a lower truncation dimension. It is strongly recommended to "
+            f"include {width} in matryoshka_dims."
+        )

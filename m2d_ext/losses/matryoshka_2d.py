@@ -1,0 +1,65 @@
+"""Matryoshka2dLoss: a base loss at several layers and dimensions."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sentence_transformers import SentenceTransformer
+from torch import nn
+
+from .adaptive_layer import AdaptiveLayerLoss, LayerWeighting
+from .matryoshka import MatryoshkaLoss
+
+
+class Matryoshka2dLoss(AdaptiveLayerLoss):
+    """Trains models that can be cut to fewer layers and fewer dimensions.
+
+    A drop-in for ``sentence_transformers.losses.Matryoshka2dLoss``: an :class:`AdaptiveLayerLoss` around a
+    :class:`MatryoshkaLoss` around the base loss. ``n_layers_per_step=-1, n_dims_per_step=-1`` trains every cell.
+
+    Li et al., "2D Matryoshka Sentence Embeddings", arXiv:2402.14776.
+
+    Args:
+        model: the model.
+        loss: the base loss.
+        matryoshka_dims: dimensions, in any order.
+        matryoshka_weights: one weight per dimension; None: 1 each.
+        n_layers_per_step: how many earlier layers to draw per step; -1 for all.
+        n_dims_per_step: how many dims to draw per layer; -1 for all.
+        last_layer_weight: weight of the final layer's loss.
+        prior_layers_weight: weight of the mean of the earlier layers' losses.
+        kl_div_weight: weight of the KL.
+        kl_temperature: T; no KL if <= 0.
+        layer_weighting: as in :class:`AdaptiveLayerLoss`.
+
+    Raises:
+        ValueError: as the two losses that it is made of.
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        loss: nn.Module,
+        matryoshka_dims: Sequence[int],
+        matryoshka_weights: Sequence[float | int] | None = None,
+        n_layers_per_step: int = 1,
+        n_dims_per_step: int = 1,
+        last_layer_weight: float = 1.0,
+        prior_layers_weight: float = 1.0,
+        kl_div_weight: float = 1.0,
+        kl_temperature: float = 0.3,
+        layer_weighting: LayerWeighting = "uniform",
+    ) -> None:
+        super().__init__(
+            model,
+            MatryoshkaLoss(model, loss, matryoshka_dims, matryoshka_weights, n_dims_per_step),
+            n_layers_per_step=n_layers_per_step,
+            last_layer_weight=last_layer_weight,
+            prior_layers_weight=prior_layers_weight,
+            kl_div_weight=kl_div_weight,
+            kl_temperature=kl_temperature,
+            layer_weighting=layer_weighting,
+        )
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """What the model card says of this loss."""
+        return {**super().get_config_dict(), **self.loss.get_config_dict()}
