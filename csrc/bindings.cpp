@@ -13,6 +13,12 @@ TORCH_LIBRARY(m2d_ext, m) {
       "pool_backward(Tensor pooled_grad, Tensor? grad_output, int[] layers, Tensor[] coefficients, "
       "Tensor? cu_seqlens, ScalarType dtype) -> Tensor[]");
   m.def(
+      "pool_max(Tensor[] hidden_states, Tensor[] coefficients, Tensor? cu_seqlens) -> (Tensor, "
+      "Tensor)");
+  m.def(
+      "pool_max_backward(Tensor pooled_grad, Tensor indices, int[] layers, Tensor[] coefficients, "
+      "Tensor? cu_seqlens, ScalarType dtype) -> Tensor[]");
+  m.def(
       "loss(Tensor[] hidden_states, Tensor[] coefficients, Tensor? cu_seqlens, Tensor weights, "
       "Tensor kl_weights, int[] dims, int num_columns, float scale, float kl_temperature, "
       "bool normalize, bool needs_grad) -> (Tensor, Tensor, Tensor, Tensor)");

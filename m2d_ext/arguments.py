@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .grid import Grid
-from .pooling import LINEAR_MODES, packed_coefficients, padded_coefficients
+from .pooling import MODES, packed_coefficients, padded_coefficients
 from .reference import accumulate_dtype
 
 BACKENDS = ("auto", "fused", "reference")
@@ -24,7 +24,8 @@ class Tokens(NamedTuple):
 
     states: list[Tensor]  # L * blocks, layer-major: (n, T, D), or packed (total_tokens, D)
     coefficients: list[Tensor]  # per block (n, T), or packed (total_tokens,)
-    cu_seqlens: Tensor | None  # (N + 1,) int64, packed only
+    cu_seqlens: Tensor | None = None  # (N + 1,) int64, packed only
+    maximum: bool = False  # pool by maximum over the tokens whose coefficient is not 0
 
     @property
     def num_layers(self) -> int:
@@ -59,8 +60,8 @@ def read_tokens(
         TypeError: an argument is of the wrong kind or dtype.
         ValueError: a shape, a device or a value is wrong.
     """
-    if pooling not in LINEAR_MODES:
-        raise ValueError(f"pooling must be one of {', '.join(map(repr, LINEAR_MODES))}, got {pooling!r}")
+    if pooling not in MODES:
+        raise ValueError(f"pooling must be one of {', '.join(map(repr, MODES))}, got {pooling!r}")
     layers = _read_layers(hidden_states)
     _check_alike(layers, packed=cu_seqlens is not None)
     blocks = layers[0]
@@ -70,9 +71,11 @@ def read_tokens(
         if attention_mask is not None:
             raise ValueError("attention_mask must be None where cu_seqlens is given")
         offsets = _read_cu_seqlens(cu_seqlens, blocks[0])
-        return Tokens(states, [packed_coefficients(offsets, len(blocks[0]), pooling, dtype)], offsets)
+        tables = [packed_coefficients(offsets, len(blocks[0]), pooling, dtype)]
+        return Tokens(states, tables, offsets, pooling == "max")
     masks = _read_masks(attention_mask, blocks)
-    return Tokens(states, [padded_coefficients(mask, pooling, dtype) for mask in masks], None)
+    tables = [padded_coefficients(mask, pooling, dtype) for mask in masks]
+    return Tokens(states, tables, None, pooling == "max")
 
 
 def _read_layers(hidden_states: HiddenStates) -> list[list[Tensor]]:

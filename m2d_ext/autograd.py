@@ -19,17 +19,24 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _scatter(ctx: Any, pooled_grad: Tensor, grad_output: Tensor | None, needed: Sequence[bool]) -> list[Tensor | None]:
-    """Gradients of the hidden states (layer-major), None for the layers of which no state needs one."""
-    coefficients, cu_seqlens = ctx.coefficients, ctx.cu_seqlens
-    blocks = len(coefficients)
-    layers = [i for i in range(len(needed) // blocks) if any(needed[i * blocks : (i + 1) * blocks])]
+def _needed_layers(needed: Sequence[bool], blocks: int) -> list[int]:
+    return [i for i in range(len(needed) // blocks) if any(needed[i * blocks : (i + 1) * blocks])]
+
+
+def _place(dense: Sequence[Tensor], layers: Sequence[int], needed: Sequence[bool], blocks: int) -> list[Tensor | None]:
+    """The gradients of some layers in the places of all states (layer-major), None where none is needed."""
     grads: list[Tensor | None] = [None] * len(needed)
-    if layers:
-        dense = ops.pool_backward(pooled_grad, grad_output, layers, coefficients, cu_seqlens, ctx.dtype)
-        for i, layer in enumerate(layers):
-            grads[layer * blocks : (layer + 1) * blocks] = dense[i * blocks : (i + 1) * blocks]
+    for i, layer in enumerate(layers):
+        grads[layer * blocks : (layer + 1) * blocks] = dense[i * blocks : (i + 1) * blocks]
     return [grad if need else None for grad, need in zip(grads, needed, strict=True)]
+
+
+def _scatter(ctx: Any, pooled_grad: Tensor, grad_output: Tensor | None, needed: Sequence[bool]) -> list[Tensor | None]:
+    """Gradients of the hidden states, None for the layers of which no state needs one."""
+    blocks = len(ctx.coefficients)
+    layers = _needed_layers(needed, blocks)
+    dense = ops.pool_backward(pooled_grad, grad_output, layers, ctx.coefficients, ctx.cu_seqlens, ctx.dtype)
+    return _place(dense, layers, needed, blocks)
 
 
 class _Loss(torch.autograd.Function):
@@ -74,6 +81,31 @@ class _Pool(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_pooled: Tensor) -> Any:
         return (None, None, *_scatter(ctx, grad_pooled.contiguous(), None, ctx.needs_input_grad[2:]))
+
+
+class _MaxPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, coefficients: Any, cu_seqlens: Tensor | None, *states: Tensor) -> Tensor:
+        ctx.coefficients, ctx.cu_seqlens, ctx.dtype = coefficients, cu_seqlens, states[0].dtype
+        pooled, indices = ops.pool_max(states, coefficients, cu_seqlens)
+        ctx.save_for_backward(indices)
+        return pooled
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_pooled: Tensor) -> Any:
+        (indices,) = ctx.saved_tensors
+        needed, blocks = ctx.needs_input_grad[2:], len(ctx.coefficients)
+        layers = _needed_layers(needed, blocks)
+        dense = ops.pool_max_backward(grad_pooled, indices, layers, ctx.coefficients, ctx.cu_seqlens, ctx.dtype)
+        return (None, None, *_place(dense, layers, needed, blocks))
+
+
+def pool_max(hidden_states: Sequence[Tensor], coefficients: Sequence[Tensor], cu_seqlens: Tensor | None) -> Tensor:
+    """Differentiable :func:`m2d_ext.ops.pool_max`, without the indices."""
+    if _needs_grad(*hidden_states):
+        return _MaxPool.apply(tuple(coefficients), cu_seqlens, *hidden_states)
+    return ops.pool_max(hidden_states, coefficients, cu_seqlens)[0]
 
 
 def pool(hidden_states: Sequence[Tensor], coefficients: Sequence[Tensor], cu_seqlens: Tensor | None) -> Tensor:

@@ -11,6 +11,7 @@ Li et al., "2D Matryoshka Sentence Embeddings", arXiv:2402.14776.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ def matryoshka_2d_loss(
         kl_weights: V (L,), 0 for the final layer, the teacher. None: no KL.
         kl_temperature: tau > 0.
         scale: factor of the cosines, > 0.
-        pooling: "mean", "cls", "lasttoken", "mean_sqrt_len_tokens" or "weightedmean".
+        pooling: "mean", "cls", "lasttoken", "mean_sqrt_len_tokens", "weightedmean" or "max".
         normalize: whether the model normalises its pooled rows; it changes the KL.
         deferred: allows the gradients of all but the final layer to be added where autograd brings those layers'
             own gradients. The values are the same; they are dense where deferring is not possible.
@@ -72,11 +73,9 @@ def matryoshka_2d_loss(
         ValueError: a shape, a device or a value is wrong; the message names the argument.
         RuntimeError: ``backend="fused"`` where the extension is not compiled or has no kernels for the device.
     """
-    tokens = arguments.read_tokens(hidden_states, attention_mask, cu_seqlens, pooling)
-    grid = arguments.read_grid(
-        num_layers=tokens.num_layers,
-        num_texts=tokens.num_texts,
-        width=tokens.states[0].shape[-1],
+    results = loss_of_tokens(
+        arguments.read_tokens(hidden_states, attention_mask, cu_seqlens, pooling),
+        backend,
         num_columns=num_columns,
         dims=dims,
         weights=weights,
@@ -85,10 +84,7 @@ def matryoshka_2d_loss(
         scale=scale,
         normalize=normalize,
     )
-    fused = _is_fused(backend, tokens.states[0])
-    layers, active = _active(grid)
-    results = _loss(tokens.select(layers), active, fused)
-    return _with_cells(results, grid, active, layers) if return_cells else results[0]
+    return results if return_cells else results[0]
 
 
 def matryoshka_2d_loss_pooled(
@@ -177,8 +173,17 @@ def pool_layers(
         TypeError, ValueError, RuntimeError: as :func:`matryoshka_2d_loss`.
     """
     tokens = arguments.read_tokens(hidden_states, attention_mask, cu_seqlens, pooling)
-    pool = autograd.pool if _is_fused(backend, tokens.states[0]) else reference.pool
-    return pool(tokens.states, tokens.coefficients, tokens.cu_seqlens).to(tokens.states[0].dtype)
+    return _pool(tokens, _is_fused(backend, tokens.states[0])).to(tokens.states[0].dtype)
+
+
+def loss_of_tokens(tokens: Tokens, backend: str = "auto", **options: Any) -> LossAndCells:
+    """:func:`matryoshka_2d_loss` from a ready coefficient table: the loss, the cells and the KLs."""
+    grid = arguments.read_grid(
+        num_layers=tokens.num_layers, num_texts=tokens.num_texts, width=tokens.states[0].shape[-1], **options
+    )
+    fused = _is_fused(backend, tokens.states[0])
+    layers, active = _active(grid)
+    return _with_cells(_loss(tokens.select(layers), active, fused), grid, active, layers)
 
 
 def _is_fused(backend: str, tensor: Tensor) -> bool:
@@ -202,9 +207,15 @@ def _active(grid: Grid) -> tuple[list[int], Grid]:
 
 
 def _loss(tokens: Tokens, grid: Grid, fused: bool) -> LossAndCells:
-    if fused:
-        return autograd.loss(*tokens, grid)
-    return _pooled_loss(reference.pool(*tokens), None, 0, grid, fused)
+    if fused and not tokens.maximum:
+        return autograd.loss(tokens.states, tokens.coefficients, tokens.cu_seqlens, grid)
+    return _pooled_loss(_pool(tokens, fused), None, 0, grid, fused)
+
+
+def _pool(tokens: Tokens, fused: bool) -> Tensor:
+    backend = autograd if fused else reference
+    pool = backend.pool_max if tokens.maximum else backend.pool
+    return pool(tokens.states, tokens.coefficients, tokens.cu_seqlens)
 
 
 def _pooled_loss(

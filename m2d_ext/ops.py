@@ -38,6 +38,27 @@ def pool_backward(
     return torch.ops.m2d_ext.pool_backward(pooled_grad, grad_output, layers, coefficients, cu_seqlens, dtype)
 
 
+def pool_max(
+    hidden_states: Sequence[Tensor], coefficients: Sequence[Tensor], cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Maxima (L, N, D) over the tokens with coefficient != 0, and the first token (int32) that has each; 0 and -1
+    for a text without tokens.
+    """
+    return torch.ops.m2d_ext.pool_max(hidden_states, coefficients, cu_seqlens)
+
+
+def pool_max_backward(
+    pooled_grad: Tensor,
+    indices: Tensor,
+    layers: Sequence[int],
+    coefficients: Sequence[Tensor],
+    cu_seqlens: Tensor | None,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """Hidden-state gradients of the given layers: ``dP`` at the indices, 0 elsewhere."""
+    return torch.ops.m2d_ext.pool_max_backward(pooled_grad, indices, layers, coefficients, cu_seqlens, dtype)
+
+
 def loss(
     hidden_states: Sequence[Tensor],
     coefficients: Sequence[Tensor],
@@ -98,6 +119,13 @@ def _fake_pool_backward(
     return [pooled_grad.new_empty((*a.shape, dim), dtype=dtype) for _ in layers for a in coefficients]
 
 
+def _fake_pool_max(
+    hidden_states: Sequence[Tensor], coefficients: Sequence[Tensor], cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    pooled = _fake_pool(hidden_states, coefficients, cu_seqlens)
+    return pooled, torch.empty_like(pooled, dtype=torch.int32)
+
+
 def _fake_loss(
     hidden_states: Sequence[Tensor],
     coefficients: Sequence[Tensor],
@@ -137,5 +165,7 @@ def _fake_pooled_loss(
 if _extension.available():
     torch.library.register_fake("m2d_ext::pool", _fake_pool)
     torch.library.register_fake("m2d_ext::pool_backward", _fake_pool_backward)
+    torch.library.register_fake("m2d_ext::pool_max", _fake_pool_max)
+    torch.library.register_fake("m2d_ext::pool_max_backward", _fake_pool_backward)
     torch.library.register_fake("m2d_ext::loss", _fake_loss)
     torch.library.register_fake("m2d_ext::pooled_loss", _fake_pooled_loss)

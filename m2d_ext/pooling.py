@@ -1,27 +1,48 @@
 """Pooling as one coefficient table: ``P[n] = sum_t a[n, t] H[n, t]``.
 
 Every linear mode of sentence-transformers' ``Pooling`` is another ``a``; a token whose coefficient is 0 (padding) is
-never read. A text with no token left pools to 0.
+never read. "max" is the one mode that is not linear: there ``a`` only says which tokens count. A text with no token
+left pools to 0.
 """
 
 import torch
 from torch import Tensor
 
-LINEAR_MODES = ("mean", "cls", "lasttoken", "mean_sqrt_len_tokens", "weightedmean")
+MODES = ("mean", "cls", "lasttoken", "mean_sqrt_len_tokens", "weightedmean", "max")
 MIN_WEIGHT_SUM = 1e-9  # the clamp of sentence-transformers' denominators
 
 
-def padded_coefficients(mask: Tensor, pooling: str, dtype: torch.dtype) -> Tensor:
-    """``a`` (N, T) of the given dtype for an attention mask (N, T), left- or right-padded."""
-    weights = mask.to(dtype)
+def padded_coefficients(
+    mask: Tensor, pooling: str, dtype: torch.dtype, *, prompt_length: int = 0, weights_sum: Tensor | None = None
+) -> Tensor:
+    """``a`` for texts padded to one width, on the left or on the right.
+
+    Args:
+        mask: (N, T), 0 for padding; other values weigh the tokens of the means.
+        pooling: one of ``MODES``.
+        dtype: of the result.
+        prompt_length: tokens to leave out at the start of each text (``include_prompt=False``).
+        weights_sum: (N,), the denominator of "mean", "mean_sqrt_len_tokens" and "weightedmean" in place of the sum of
+            the token weights (``token_weights_sum``).
+
+    Returns:
+        (N, T).
+    """
+    start = _first_token(mask)
+    kept = mask if prompt_length == 0 else mask * (_positions(mask) >= (start + prompt_length)[:, None])
     if pooling == "cls":
-        return weights * _one_hot(weights, _first_token(mask))
+        # Where the prompt is all there is, its own first token stands for the text.
+        emptied = ~kept.bool().any(1, keepdim=True)
+        return _one_hot(_first_token(kept), mask, dtype) * (kept + emptied * mask).bool()
     if pooling == "lasttoken":
-        return weights * _one_hot(weights, mask.shape[1] - 1 - _first_token(mask.flip(1)))
+        return _one_hot(mask.shape[1] - 1 - _first_token(kept.flip(1)), mask, dtype) * kept
+    if pooling == "max":
+        return kept.bool().to(dtype)
+    weights = kept.to(dtype)
     if pooling == "weightedmean":
-        position = torch.arange(1, mask.shape[1] + 1, device=mask.device, dtype=dtype)
-        weights = weights * (position - _first_token(mask)[:, None])
-    total = weights.sum(1, keepdim=True).clamp(min=MIN_WEIGHT_SUM)
+        weights = weights * (_positions(mask) + 1 - start[:, None])
+    total = weights.sum(1) if weights_sum is None else weights_sum.to(dtype)
+    total = total.clamp(min=MIN_WEIGHT_SUM)[:, None]
     return weights / (total.sqrt() if pooling == "mean_sqrt_len_tokens" else total)
 
 
@@ -35,16 +56,22 @@ def packed_coefficients(cu_seqlens: Tensor, num_tokens: int, pooling: str, dtype
         return (position == 0).to(dtype)
     if pooling == "lasttoken":
         return (position == length - 1).to(dtype)
+    if pooling == "max":
+        return torch.ones_like(position, dtype=dtype)
     if pooling == "weightedmean":
         return (position + 1).to(dtype) / (length * (length + 1) / 2).to(dtype)
     length = length.to(dtype)
     return 1 / (length.sqrt() if pooling == "mean_sqrt_len_tokens" else length)
 
 
+def _positions(mask: Tensor) -> Tensor:
+    return torch.arange(mask.shape[1], device=mask.device)
+
+
 def _first_token(mask: Tensor) -> Tensor:
     """Index (N,) of each row's first token; 0 for a row without one."""
-    return mask.to(torch.int32).argmax(1)
+    return mask.bool().to(torch.int32).argmax(1)
 
 
-def _one_hot(like: Tensor, index: Tensor) -> Tensor:
-    return torch.zeros_like(like).scatter_(1, index[:, None], 1)
+def _one_hot(index: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros_like(like, dtype=dtype).scatter_(1, index[:, None], 1)

@@ -34,6 +34,26 @@ def pool(hidden_states: list[Tensor], coefficients: list[Tensor], cu_seqlens: Te
     return torch.stack([torch.cat([_pool_padded(h, a) for h, a in zip(s, coefficients, strict=True)]) for s in layers])
 
 
+def pool_max(hidden_states: list[Tensor], coefficients: list[Tensor], cu_seqlens: Tensor | None = None) -> Tensor:
+    """Maxima over the tokens whose coefficient is not 0; 0 for a text without one. Arguments as in :func:`pool`."""
+    blocks = len(coefficients)
+    layers = [hidden_states[i : i + blocks] for i in range(0, len(hidden_states), blocks)]
+    if cu_seqlens is not None:
+        # Split per text: a maximum over one packed text is that of a padded batch of one.
+        lengths = cu_seqlens.diff().tolist()
+        coefficients = [a[None] for a in coefficients[0].split(lengths)]
+        layers = [[text[None] for text in states[0].split(lengths)] for states in layers]
+    return torch.stack([torch.cat([_max_padded(h, a) for h, a in zip(s, coefficients, strict=True)]) for s in layers])
+
+
+def _max_padded(states: Tensor, coefficients: Tensor) -> Tensor:
+    if states.shape[1] == 0:
+        return coefficients.new_zeros(states.shape[0], states.shape[2])
+    masked = states.to(coefficients.dtype).masked_fill((coefficients == 0)[..., None], -torch.inf)
+    empty = (coefficients == 0).all(1, keepdim=True)
+    return masked.max(dim=1).values.masked_fill(empty, 0)
+
+
 def _pool_padded(states: Tensor, coefficients: Tensor) -> Tensor:
     return torch.bmm(coefficients[:, None, :], states.to(coefficients.dtype)).squeeze(1)
 

@@ -19,7 +19,7 @@ from m2d_ext.functional import matryoshka_2d_loss, matryoshka_2d_loss_pooled, po
 
 COMPILED = m2d_ext.build_info()["build"] != "none"
 BACKENDS = ["reference", pytest.param("fused", marks=pytest.mark.skipif(not COMPILED, reason="no extension"))]
-POOLINGS = ["mean", "cls", "lasttoken", "mean_sqrt_len_tokens", "weightedmean"]
+POOLINGS = ["mean", "cls", "lasttoken", "mean_sqrt_len_tokens", "weightedmean", "max"]
 # The reference computes in the states' own dtype, the kernels wider: float32 is rounding in both.
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5}
 backends = pytest.mark.parametrize("backend", BACKENDS)

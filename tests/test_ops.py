@@ -40,12 +40,15 @@ def _tokens(dtype: torch.dtype, packed: bool) -> tuple[list[Tensor], list[Tensor
 def test_opcheck_of_tokens(dtype: torch.dtype, packed: bool) -> None:
     states, coefficients, offsets = _tokens(dtype, packed)
     torch.library.opcheck(torch.ops.m2d_ext.pool, (states, coefficients, offsets))
+    torch.library.opcheck(torch.ops.m2d_ext.pool_max, (states, coefficients, offsets))
     for needs_grad in (False, True):
         torch.library.opcheck(torch.ops.m2d_ext.loss, (states, coefficients, offsets, *_grid(3), needs_grad))
     rows = torch.randn(3, 4, 8, dtype=_accumulate(dtype))
     torch.library.opcheck(
         torch.ops.m2d_ext.pool_backward, (rows, torch.tensor(2.0), [0, 2], coefficients, offsets, dtype)
     )
+    indices = torch.zeros(3, 4, 8, dtype=torch.int32)
+    torch.library.opcheck(torch.ops.m2d_ext.pool_max_backward, (rows, indices, [0, 2], coefficients, offsets, dtype))
 
 
 @pytest.mark.parametrize("gathered", [False, True])

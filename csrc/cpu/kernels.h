@@ -16,6 +16,16 @@ template <class Scalar, class Acc>
 void pool_backward(const PoolParams& params, const Acc* pooled_grad, const int64_t* layers,
                    Acc grad_output);
 
+// pooled (L, N, D) = the maximum over tokens whose coefficient is not 0, and indices (L, N, D) the first
+// token of the text that has it; 0 and -1 for a text without tokens. NaN is the largest.
+template <class Scalar, class Acc>
+void pool_max(const PoolParams& params, int32_t* indices);
+
+// states = pooled_grad[layers[l], n, :] at the indices, 0 elsewhere.
+template <class Scalar, class Acc>
+void pool_max_backward(const PoolParams& params, const Acc* pooled_grad, const int32_t* indices,
+                       const int64_t* layers);
+
 // The loss, its cells and, where pooled_grad is given, its gradient. See math.h.
 template <class T>
 void loss(const LossParams<T>& params);

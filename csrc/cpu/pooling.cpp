@@ -5,6 +5,8 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
+#include <algorithm>
+
 #include "kernels.h"
 #include "simd.h"
 
@@ -37,6 +39,38 @@ M2D_MULTIVERSION void scatter_text(const Acc* __restrict pooled_grad, Acc grad_o
     } else {
       for (int64_t d = 0; d < dim; ++d) token[d] = static_cast<Scalar>(factor * pooled_grad[d]);
     }
+  }
+}
+
+template <class Scalar, class Acc>
+M2D_MULTIVERSION void max_text(const Scalar* __restrict tokens, int64_t token_stride,
+                               const Acc* __restrict coefficients, int64_t num_tokens, int64_t dim,
+                               Acc* __restrict pooled, int32_t* __restrict indices) {
+  bool empty = true;
+  for (int64_t t = 0; t < num_tokens; ++t) {
+    if (coefficients[t] == Acc(0)) continue;
+    const Scalar* __restrict token = tokens + t * token_stride;
+    const int32_t index = static_cast<int32_t>(t);
+    for (int64_t d = 0; d < dim; ++d) {
+      const Acc value = static_cast<Acc>(token[d]);
+      const bool larger = empty || value > pooled[d] || (value != value && pooled[d] == pooled[d]);
+      pooled[d] = larger ? value : pooled[d];
+      indices[d] = larger ? index : indices[d];
+    }
+    empty = false;
+  }
+  for (int64_t d = 0; empty && d < dim; ++d) {
+    pooled[d] = Acc(0);
+    indices[d] = -1;
+  }
+}
+
+template <class Scalar, class Acc>
+void scatter_max_text(const Acc* pooled_grad, const int32_t* indices, int64_t num_tokens,
+                      int64_t dim, Scalar* tokens) {
+  std::fill_n(tokens, num_tokens * dim, Scalar(0));
+  for (int64_t d = 0; d < dim; ++d) {
+    if (indices[d] >= 0) tokens[indices[d] * dim + d] = static_cast<Scalar>(pooled_grad[d]);
   }
 }
 
@@ -82,9 +116,38 @@ void pool_backward(const PoolParams& p, const Acc* pooled_grad, const int64_t* l
   });
 }
 
-#define M2D_INSTANTIATE(Scalar, Acc)                  \
-  template void pool<Scalar, Acc>(const PoolParams&); \
-  template void pool_backward<Scalar, Acc>(const PoolParams&, const Acc*, const int64_t*, Acc);
+template <class Scalar, class Acc>
+void pool_max(const PoolParams& p, int32_t* indices) {
+  Acc* pooled = static_cast<Acc*>(p.pooled);
+  for_each_text(p, [&](int64_t layer, int64_t b, int64_t text) {
+    const TokenBlock& block = p.blocks[b];
+    const StateView& state = p.states[layer * p.num_blocks + b];
+    const TokenSpan span = token_span(block, text);
+    const int64_t row = (layer * p.num_texts + block.first_text + text) * p.dim;
+    max_text(static_cast<const Scalar*>(state.data) + state_offset(block, state, text),
+             state.token_stride, static_cast<const Acc*>(block.coefficients) + span.first,
+             span.count, p.dim, pooled + row, indices + row);
+  });
+}
+
+template <class Scalar, class Acc>
+void pool_max_backward(const PoolParams& p, const Acc* pooled_grad, const int32_t* indices,
+                       const int64_t* layers) {
+  for_each_text(p, [&](int64_t layer, int64_t b, int64_t text) {
+    const TokenBlock& block = p.blocks[b];
+    const StateView& state = p.states[layer * p.num_blocks + b];
+    const int64_t row = (layers[layer] * p.num_texts + block.first_text + text) * p.dim;
+    scatter_max_text(pooled_grad + row, indices + row, token_span(block, text).count, p.dim,
+                     static_cast<Scalar*>(state.data) + state_offset(block, state, text));
+  });
+}
+
+#define M2D_INSTANTIATE(Scalar, Acc)                                                            \
+  template void pool<Scalar, Acc>(const PoolParams&);                                           \
+  template void pool_backward<Scalar, Acc>(const PoolParams&, const Acc*, const int64_t*, Acc); \
+  template void pool_max<Scalar, Acc>(const PoolParams&, int32_t*);                             \
+  template void pool_max_backward<Scalar, Acc>(const PoolParams&, const Acc*, const int32_t*,   \
+                                               const int64_t*);
 M2D_INSTANTIATE(double, double)
 M2D_INSTANTIATE(float, float)
 M2D_INSTANTIATE(c10::BFloat16, float)

@@ -53,6 +53,37 @@ std::vector<Tensor> pool_backward_op(const Tensor& pooled_grad,
   return std::move(problem.grads);
 }
 
+std::tuple<Tensor, Tensor> pool_max_op(at::TensorList hidden_states, at::TensorList coefficients,
+                                       const std::optional<Tensor>& cu_seqlens) {
+  PoolProblem problem = read_states(hidden_states, coefficients, cu_seqlens);
+  const PoolParams& p = problem.params;
+  Tensor pooled =
+      at::empty({p.num_layers, p.num_texts, p.dim}, problem.options.dtype(problem.accumulate_type));
+  Tensor indices = at::empty(pooled.sizes(), problem.options.dtype(at::kInt));
+  problem.params.pooled = pooled.data_ptr();
+  dispatch_states(at::typeMetaToScalarType(problem.options.dtype()), [&](auto scalar, auto acc) {
+    pool_max<decltype(scalar), decltype(acc)>(problem.params, indices.data_ptr<int32_t>());
+  });
+  return {pooled, indices};
+}
+
+std::vector<Tensor> pool_max_backward_op(const Tensor& pooled_grad, const Tensor& indices,
+                                         at::IntArrayRef layers, at::TensorList coefficients,
+                                         const std::optional<Tensor>& cu_seqlens,
+                                         at::ScalarType dtype) {
+  const Tensor rows = pooled_grad.contiguous();
+  TORCH_CHECK(indices.sizes() == rows.sizes() && indices.scalar_type() == at::kInt &&
+                  indices.is_contiguous(),
+              "indices must be those of pool_max");
+  GradProblem problem = allocate_state_grads(rows, layers, coefficients, cu_seqlens, dtype);
+  dispatch_states(dtype, [&](auto scalar, auto acc) {
+    using Acc = decltype(acc);
+    pool_max_backward<decltype(scalar), Acc>(problem.pool.params, rows.const_data_ptr<Acc>(),
+                                             indices.const_data_ptr<int32_t>(), layers.data());
+  });
+  return std::move(problem.grads);
+}
+
 LossOutputs run_loss(const Tensor& pooled, const std::optional<Tensor>& candidates,
                      int64_t target_offset, const LossOptions& options) {
   LossOutputs outputs;
@@ -95,6 +126,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pooled_loss_op(
 TORCH_LIBRARY_IMPL(m2d_ext, CPU, m) {
   m.impl("pool", &m2d::cpu::pool_op);
   m.impl("pool_backward", &m2d::cpu::pool_backward_op);
+  m.impl("pool_max", &m2d::cpu::pool_max_op);
+  m.impl("pool_max_backward", &m2d::cpu::pool_max_backward_op);
   m.impl("loss", &m2d::cpu::loss_op);
   m.impl("pooled_loss", &m2d::cpu::pooled_loss_op);
 }
