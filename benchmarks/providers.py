@@ -16,10 +16,10 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer import losses as st_losses
 from sentence_transformers.sentence_transformer.modules import Pooling
-from shapes import PADDINGS, Shape
 from torch import Tensor, nn
 
 from m2d_ext import functional
+from shapes import PADDINGS, Shape
 
 OURS = "ours"
 OURS_ONE_DIM = "ours, one dim"

@@ -669,11 +669,29 @@ def test_fallback_for_gradient_caching(name: str, n_dims_per_step: int) -> None:
     assert check("MatryoshkaLoss", Configuration(arguments=arguments, seed=4), base=CACHED_LOSSES[name]).fallbacks
 
 
+@pytest.mark.usefixtures("expect_fused")
+@pytest.mark.parametrize("prompt_length", [0, 1, 2])
+@pytest.mark.parametrize("left_padding", [False, True], ids=["right", "left"])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-@pytest.mark.parametrize("pooling", ["cls", "max", "lasttoken", "weightedmean", ("mean", "cls")])
-def test_other_poolings(pooling: str | Sequence[str], wrapper: str) -> None:
-    configuration = Configuration(arguments=FALLBACK_ARGUMENTS, model_arguments={"pooling": pooling})
-    check(wrapper, configuration)
+@pytest.mark.parametrize("pooling", ["mean", "cls", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens"])
+def test_poolings(pooling: str, wrapper: str, left_padding: bool, prompt_length: int) -> None:
+    configuration = Configuration(
+        arguments=FALLBACK_ARGUMENTS,
+        left_padding=left_padding,
+        lengths=((3, 5, 4, 7), (11, 4, 6, 3)),
+        model_arguments={"pooling": pooling, "include_prompt": False},
+    )
+
+    def features_with_prompt(model: SentenceTransformer) -> list[dict[str, Any]]:
+        return [{**column, "prompt_length": prompt_length} for column in configuration.features(model)]
+
+    check(wrapper, configuration, features=features_with_prompt)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_fallback_for_concatenated_poolings(wrapper: str) -> None:
+    configuration = Configuration(arguments=FALLBACK_ARGUMENTS, model_arguments={"pooling": ("mean", "cls")})
+    assert check(wrapper, configuration).fallbacks
 
 
 @pytest.mark.parametrize("normalize", [False, True], ids=["raw", "normalized"])

@@ -27,7 +27,7 @@ class AdaptiveLayerLoss(nn.Module):
 
     where M is the base loss and KL_j = KL(softmax(e_final / T) || softmax(e_j / T)), e_final detached. All layers
     cost one fused loss for a ``MultipleNegativesRankingLoss``, alone or in a ``MatryoshkaLoss``, behind Transformer,
-    mean Pooling and perhaps Normalize; anything else runs the reference loop, and one log line says why.
+    Pooling and perhaps Normalize; anything else runs the reference loop, and one log line says why.
 
     Li et al., "2D Matryoshka Sentence Embeddings", arXiv:2402.14776.
 
@@ -140,8 +140,8 @@ class AdaptiveLayerLoss(nn.Module):
     def _fused(self, model: BaseModel, features: list[Features]) -> Tensor:
         # The draws come in the reference loop's order: the final layer's dims, the layers, each layer's dims.
         final_row = self._row()
-        states = pipeline.layer_states(self.model, model, features)
-        num_layers = len(states.layers)
+        tokens = pipeline.layer_tokens(self.model, model, features)
+        num_layers = tokens.num_layers
         weights = [[0.0] * len(final_row) for _ in range(num_layers)]
         kl_weights = [0.0] * num_layers
         weights[-1] = [self.last_layer_weight * w for w in final_row]
@@ -152,10 +152,11 @@ class AdaptiveLayerLoss(nn.Module):
             weights[layer] = [factor * w for w in row]
             kl_weights[layer] = self.kl_div_weight * self.kl_temperature if self.kl_temperature > 0 else 0.0
         return fused_loss(
-            states,
+            tokens,
+            len(features),
             self.loss.loss if isinstance(self.loss, MatryoshkaLoss) else self.loss,
             pipeline.is_normalized(model),
-            dims=self.loss.grid_dims if isinstance(self.loss, MatryoshkaLoss) else [states.layers[0][0].shape[-1]],
+            dims=self.loss.grid_dims if isinstance(self.loss, MatryoshkaLoss) else [tokens.states[0].shape[-1]],
             weights=weights,
             kl_weights=kl_weights,
             kl_temperature=self.kl_temperature if self.kl_temperature > 0 else 1.0,

@@ -7,9 +7,10 @@ from typing import Any
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
-from ..functional import matryoshka_2d_loss
+from ..arguments import Tokens
+from ..functional import loss_of_tokens
 from . import fallback, pipeline
-from .pipeline import ColumnStates, Features
+from .pipeline import Features
 
 logger = logging.getLogger("m2d_ext")
 
@@ -35,32 +36,24 @@ def say_fallback(loss: nn.Module, reason: str) -> None:
         logger.warning("%s is falling back to the loop: %s.", type(loss).__name__, reason)
 
 
-def fused_loss(states: ColumnStates, base_loss: Any, normalize: bool, **grid: Any) -> Tensor:
+def fused_loss(tokens: Tokens, num_columns: int, base_loss: Any, normalize: bool, **grid: Any) -> Tensor:
     """The grid's loss with an in-batch ranking loss as its cells.
 
     Raises:
         ValueError: fewer than two columns.
     """
-    if states.num_columns < 2:
-        raise ValueError(f"Expected at least 2 embeddings, got {states.num_columns}")
-    loss = matryoshka_2d_loss(
-        states.layers,
-        states.masks,
-        num_columns=states.num_columns,
-        scale=base_loss.scale,
-        normalize=normalize,
-        **grid,
-    )
-    assert isinstance(loss, Tensor)
+    if num_columns < 2:
+        raise ValueError(f"Expected at least 2 embeddings, got {num_columns}")
+    loss, *_ = loss_of_tokens(tokens, num_columns=num_columns, scale=base_loss.scale, normalize=normalize, **grid)
     return loss
 
 
 class MatryoshkaLoss(nn.Module):
     """Trains embeddings that can be cut to fewer dimensions: the sum of a base loss over prefixes of them.
 
-    A drop-in for ``sentence_transformers.losses.MatryoshkaLoss``: the same loss, gradients, draws and errors. The
-    dims of a ``MultipleNegativesRankingLoss`` behind Transformer, mean Pooling and perhaps Normalize cost one fused
-    loss; anything else runs the reference loop, and one log line says why.
+    A drop-in for ``sentence_transformers.losses.MatryoshkaLoss``: the same loss, gradients, draws and errors. All
+    dims of a ``MultipleNegativesRankingLoss`` behind Transformer, Pooling and perhaps Normalize cost one fused loss;
+    anything else runs the reference loop, and one log line says why.
 
     Kusupati et al., "Matryoshka Representation Learning", arXiv:2205.13147.
 
@@ -149,11 +142,14 @@ class MatryoshkaLoss(nn.Module):
                 self.model, self.loss, self.matryoshka_dims, self.matryoshka_weights, drawn, features, labels
             )
         return fused_loss(
-            pipeline.final_states(self.model, features),
+            pipeline.final_tokens(self.model, model, features),
+            len(features),
             self.loss,
             pipeline.is_normalized(model),
             dims=self.grid_dims,
             weights=[self.row(drawn)],
+            kl_weights=None,
+            kl_temperature=1.0,
         )
 
     def get_config_dict(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -13,18 +13,14 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from sentence_transformers.util import cos_sim, pytorch_cos_sim
 from torch import Tensor, nn
 
+from ..arguments import Tokens
+from ..pooling import padded_coefficients
+from ..reference import accumulate_dtype
+
 Features = dict[str, Any]
 
 # What only the reference loop reads from a batch.
-UNFUSED_FEATURES = ("cu_seq_lens_q", "token_weights_sum")
-
-
-class ColumnStates(NamedTuple):
-    """Hidden states of one batch: per layer one tensor (n, T, D) per model call, column-major texts."""
-
-    layers: list[list[Tensor]]
-    masks: list[Tensor]
-    num_columns: int
+UNFUSED_FEATURES = ("cu_seq_lens_q", "token_weights_sum", "cls_token_embeddings")
 
 
 def find_model(model: Any) -> Any:
@@ -68,8 +64,8 @@ def _why_not_model(model: Any) -> str | None:
     transformer, pooling = modules[:2]
     if getattr(transformer, "module_output_name", "token_embeddings") != "token_embeddings":
         return "the Transformer does not return token embeddings"
-    if pooling.pooling_mode not in ("mean", ("mean",)) or not pooling.include_prompt:
-        return "Pooling is not the mean of all tokens"
+    if not isinstance(pooling.pooling_mode, str):
+        return "Pooling concatenates several modes"
     if len(modules) > 2 and [type(module) for module in modules[2:]] != [Normalize]:
         return "the model has modules other than Normalize after Pooling"
     if any(getattr(m, "module_output_name", "sentence_embedding") != "sentence_embedding" for m in modules[2:]):
@@ -106,17 +102,22 @@ def all_hidden_states(model: Any) -> Iterator[None]:
         config.output_hidden_states = before
 
 
-def final_states(model: nn.Module, features: Sequence[Features]) -> ColumnStates:
-    """The final layer's token embeddings. Candidate columns share one call where sentence-transformers merges them."""
+def final_tokens(model: nn.Module, inner: Any, features: Sequence[Features]) -> Tokens:
+    """The final layer's token embeddings, column-major, as one block per model call.
+
+    Candidate columns share one call where sentence-transformers merges them.
+    """
     columns = [features[0], *(_merged(features[1:]) or features[1:])]
-    return _collect([_call(model, column) for column in columns], len(features), all_layers=False)
+    outputs = [_call(model, column) for column in columns]
+    return _tokens([[output["token_embeddings"]] for output in outputs], outputs, inner[1])
 
 
-def layer_states(model: nn.Module, inner: Any, features: Sequence[Features]) -> ColumnStates:
-    """Every layer's hidden states, the last one as the encoder's own output; one call per column."""
+def layer_tokens(model: nn.Module, inner: Any, features: Sequence[Features]) -> Tokens:
+    """Every layer's hidden states, the last one as the encoder's own output; one block and call per column."""
     with all_hidden_states(inner):
         outputs = [_call(model, column) for column in features]
-    return _collect(outputs, len(features), all_layers=True)
+    states = [[*output["all_layer_embeddings"][:-1], output["token_embeddings"]] for output in outputs]
+    return _tokens(states, outputs, inner[1])
 
 
 def _merged(features: Sequence[Features]) -> list[Features] | None:
@@ -133,17 +134,20 @@ def _call(model: nn.Module, features: Features) -> Features:
     return model(dict(features))
 
 
-def _collect(outputs: Iterable[Features], num_columns: int, all_layers: bool) -> ColumnStates:
-    per_call = []
-    masks = []
-    for output in outputs:
-        final = output["token_embeddings"]
-        earlier = output["all_layer_embeddings"][:-1] if all_layers else ()
-        per_call.append([*earlier, final])
-        masks.append(_mask(output, final))
-    dtype = _common_dtype(state.dtype for states in per_call for state in states)
-    layers = [[state.to(dtype) for state in states] for states in zip(*per_call, strict=True)]
-    return ColumnStates(layers, masks, num_columns)
+def _tokens(states: Sequence[Sequence[Tensor]], outputs: Sequence[Features], pooling: Any) -> Tokens:
+    """Blocks of states (calls × layers) and the coefficients of sentence-transformers' ``Pooling`` for them."""
+    dtype = _common_dtype(state.dtype for block in states for state in block)
+    tables = [
+        padded_coefficients(
+            _mask(output, block[-1]),
+            pooling.pooling_mode,
+            accumulate_dtype(dtype),
+            prompt_length=0 if pooling.include_prompt else _prompt_length(output),
+        )
+        for output, block in zip(outputs, states, strict=True)
+    ]
+    layer_major = [state.to(dtype) for layer in zip(*states, strict=True) for state in layer]
+    return Tokens(layer_major, tables, maximum=pooling.pooling_mode == "max")
 
 
 def _mask(features: Features, states: Tensor) -> Tensor:
@@ -151,6 +155,11 @@ def _mask(features: Features, states: Tensor) -> Tensor:
     if mask is not None and mask.shape[-1] == states.shape[1]:
         return mask
     return torch.ones(states.shape[:2], dtype=torch.int64, device=states.device)
+
+
+def _prompt_length(features: Features) -> int:
+    length = features.get("prompt_length", 0)
+    return int(length[0]) if isinstance(length, Tensor) else int(length)
 
 
 def _common_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:

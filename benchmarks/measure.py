@@ -1,0 +1,183 @@
+"""Measures all providers on one problem, in a process of its own, and writes what it saw as JSON.
+
+    python benchmarks/measure.py speed --shape '{"layers": 7, ...}' --padding half --output result.json
+
+A process of its own because the allocator is chosen by environment variables that glibc reads at start, and because
+nothing that was measured before should have touched its memory. Whoever starts it takes the variables from ALLOCATORS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import resource
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+# Before the imports that read it: no provider needs a hub, and one that cannot be reached costs minutes.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+
+import providers
+from providers import Candidate
+from shapes import PADDINGS, Shape
+
+NUM_THREADS = 2
+WARMUP_ROUNDS = 2
+LOSS_TOLERANCE = 1e-4
+
+# glibc's malloc, see mallopt(3). Elsewhere the variables have no effect; the page faults that are reported tell.
+ALLOCATORS = {
+    "default": {},
+    # Big blocks come from the heap instead of a mmap of their own, and the heap is never cut at its end: a block that
+    # was freed keeps its pages, so the next gradients are written to memory that is already mapped. (Raising
+    # M_MMAP_THRESHOLD would not do: glibc refuses more than 32 MiB.)
+    "resident": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**46), "MALLOC_TOP_PAD_": str(2**26)},
+    # The opposite: blocks go back to the kernel as soon as they are freed, so that the resident set is what is in use.
+    "prompt": {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_TRIM_THRESHOLD_": str(2**16), "MALLOC_TOP_PAD_": "0"},
+}
+
+
+def check_agreement(loss: float, candidate: Candidate, name: str) -> None:
+    """A provider that computes something else has no business in the table."""
+    assert candidate.loss is not None
+    found = candidate.loss().item()
+    if abs(found - loss) > LOSS_TOLERANCE * abs(loss):
+        raise RuntimeError(f"{name} gives a loss of {found}, ours is {loss}")
+
+
+def timed(candidate: Candidate) -> tuple[float, int]:
+    """Seconds and page faults of one step. Freeing the gradients is not part of it."""
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    start = time.perf_counter()
+    grads = candidate.step()
+    seconds = time.perf_counter() - start
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+    del grads
+    gc.collect(0)  # collection is off while a step runs; this takes what one step leaves
+    return seconds, faults
+
+
+def interleaved(candidates: dict[str, Candidate], rounds: int) -> dict[str, list[tuple[float, int]]]:
+    """Every round times each candidate once; who is first, and who follows whom, changes from round to round."""
+    samples: dict[str, list[tuple[float, int]]] = {name: [] for name in candidates}
+    names = list(candidates)
+    for index in range(WARMUP_ROUNDS + rounds):
+        turn = index % len(names)
+        for name in names[turn:] + names[:turn]:
+            sample = timed(candidates[name])
+            if index >= WARMUP_ROUNDS:
+                samples[name].append(sample)
+        names.reverse()
+    return samples
+
+
+def fastest(candidates: list[Candidate]) -> Candidate | None:
+    if len(candidates) < 2:
+        return candidates[0] if candidates else None
+    samples = interleaved({str(i): candidate for i, candidate in enumerate(candidates)}, 5)
+    medians = {name: statistics.median(seconds for seconds, _ in pairs) for name, pairs in samples.items()}
+    return candidates[int(min(medians, key=medians.__getitem__))]
+
+
+def chosen_candidates(inputs: providers.Inputs) -> dict[str, Candidate]:
+    found = {name: fastest(providers.setup(inputs, name)) for name in providers.PROVIDERS}
+    candidates = {name: candidate for name, candidate in found.items() if candidate is not None}
+    ours = candidates[providers.OURS].loss
+    assert ours is not None
+    loss = ours().item()
+    for name in (providers.SENTENCE_TRANSFORMERS, providers.COMPILED):
+        if name in candidates:
+            check_agreement(loss, candidates[name], name)
+    return candidates
+
+
+def measure_speed(inputs: providers.Inputs, rounds: int) -> dict[str, Any]:
+    candidates = chosen_candidates(inputs)
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    load = os.getloadavg()[0]
+    samples = interleaved(candidates, rounds)
+    return {
+        "load": load,
+        "providers": {
+            name: {
+                "seconds": [seconds for seconds, _ in pairs],
+                "page_faults": statistics.median(faults for _, faults in pairs),
+                "note": candidates[name].note,
+            }
+            for name, pairs in samples.items()
+        },
+    }
+
+
+class PeakMemory:
+    """Growth of the resident set's peak (VmHWM), which the kernel is asked to forget at the start. Linux only.
+
+    Unlike torch's own counters it sees every byte that was touched, also what kernels and libraries allocate.
+    """
+
+    def __init__(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")
+        self._start = self._status("VmRSS")
+
+    def growth(self) -> int:
+        return self._status("VmHWM") - self._start
+
+    @staticmethod
+    def _status(key: str) -> int:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{key}:"):
+                return int(line.split()[1]) * 1024
+        raise RuntimeError(f"this kernel does not report {key}")
+
+
+def peak_memory(candidate: Candidate, inputs: providers.Inputs) -> int:
+    """Bytes beyond the hidden states and their gradients.
+
+    The forward and the backward are looked at separately: the gradients exist only in the latter, and subtracting
+    them from a common peak would hide what the forward needs.
+    """
+    assert candidate.loss is not None
+    gc.collect()
+    memory = PeakMemory()
+    loss = candidate.loss()
+    forward = memory.growth()
+    grads = torch.autograd.grad(loss, candidate.leaves, grad_outputs=inputs.grad_output)
+    backward = memory.growth() - sum(grad.nbytes for grad in grads)
+    return max(forward, backward, 0)
+
+
+def measure_memory(inputs: providers.Inputs) -> dict[str, Any]:
+    result = {}
+    for name in (providers.OURS, providers.SENTENCE_TRANSFORMERS, providers.COMPILED):
+        for candidate in providers.setup(inputs, name, compile_modes=providers.COMPILE_MODES[:1]):
+            for _ in range(WARMUP_ROUNDS):  # libraries keep what they allocate on first use
+                candidate.step()
+            result[name] = max(peak_memory(candidate, inputs) for _ in range(3))
+    return {"peak_bytes": result}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["speed", "memory"])
+    parser.add_argument("--shape", type=lambda text: Shape(**json.loads(text)), required=True)
+    parser.add_argument("--padding", choices=list(PADDINGS), required=True)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+
+    torch.set_num_threads(NUM_THREADS)
+    inputs = providers.make_inputs(args.shape, args.padding)
+    result = measure_speed(inputs, args.rounds) if args.what == "speed" else measure_memory(inputs)
+    args.output.write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
