@@ -16,13 +16,15 @@ BENCH_ARGS ?=
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test bench lint format clean
+.PHONY: help install demo test bench fuzz sanitize lint format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     train a small 2D Matryoshka model, offline (DEMO_ARGS='--steps 20' for less)"
 	@echo "make test     run the tests (TEST_ARGS='-k losses' for some)"
 	@echo "make bench    run the benchmarks"
+	@echo "make fuzz     2,500 random problems against float64"
+	@echo "make sanitize the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make lint     ruff, mypy, clang-format: what CI checks"
 	@echo "make format   let ruff and clang-format rewrite the sources"
 	@echo "make install  what the others do first: make .venv, install torch and m2d_ext into it"
@@ -48,6 +50,20 @@ test: $(INSTALLED)
 
 bench: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/pytest benchmarks $(BENCH_ARGS)
+
+fuzz: $(INSTALLED)
+	M2D_FUZZ_EXAMPLES=2500 $(BIN)/pytest tests/test_fuzz.py
+
+# The sanitizers' runtime must be the first library of the process. The build goes to a folder of its own, beside a
+# copy of the tests, so that the sources cannot be imported instead. LeakSanitizer would report the interpreter.
+SANITIZED := build/sanitized
+SANITIZER = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
+sanitize: $(INSTALLED)
+	rm -rf $(SANITIZED)
+	M2D_SANITIZE=1 M2D_BUILD=cpu $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --target $(SANITIZED) .
+	cp -R tests pyproject.toml $(SANITIZED)
+	cd $(SANITIZED) && LD_PRELOAD="$(SANITIZER)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+		PYTHONPATH=. $(CURDIR)/$(BIN)/pytest -p no:cacheprovider tests/test_functional.py tests/test_ops.py tests/test_fuzz.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -140,7 +140,10 @@ def make_build_ext(config):
         def run(self):
             # An editable install would compile in a temporary directory: everything, every time.
             build = self.get_finalized_command("build")
-            self.build_temp = os.path.join(build.build_base, f"temp.{build.plat_name}-{sys.implementation.cache_tag}")
+            suffix = "-sanitize" if os.environ.get("M2D_SANITIZE") == "1" else ""
+            self.build_temp = os.path.join(
+                build.build_base, f"temp.{build.plat_name}-{sys.implementation.cache_tag}{suffix}"
+            )
             super().run()
             # Only now: where the compiler fails, an older extension keeps the record that belongs to it.
             write_config((ROOT if self.inplace else Path(self.build_lib)) / "m2d_ext", config)

@@ -123,9 +123,15 @@ class PeakMemory:
     Unlike torch's own counters it sees every byte that was touched, also what kernels and libraries allocate.
     """
 
+    FORGET = Path("/proc/self/clear_refs")
+
     def __init__(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5")
+        self.FORGET.write_text("5")
         self._start = self._status("VmRSS")
+
+    @classmethod
+    def is_available(cls) -> bool:
+        return os.access(cls.FORGET, os.W_OK)
 
     def growth(self) -> int:
         return self._status("VmHWM") - self._start

@@ -215,7 +215,8 @@ def _loss(tokens: Tokens, grid: Grid, fused: bool) -> LossAndCells:
 def _pool(tokens: Tokens, fused: bool) -> Tensor:
     backend = autograd if fused else reference
     pool = backend.pool_max if tokens.maximum else backend.pool
-    return pool(tokens.states, tokens.coefficients, tokens.cu_seqlens)
+    with torch.autocast(tokens.states[0].device.type, enabled=False):
+        return pool(tokens.states, tokens.coefficients, tokens.cu_seqlens)
 
 
 def _pooled_loss(
@@ -223,7 +224,8 @@ def _pooled_loss(
 ) -> LossAndCells:
     if fused:
         return autograd.pooled_loss(pooled, candidates, target_offset, grid)
-    return reference.matryoshka_2d_loss_pooled(pooled, candidates, target_offset, **grid._asdict())
+    with torch.autocast(pooled.device.type, enabled=False):  # it would multiply in a half type
+        return reference.matryoshka_2d_loss_pooled(pooled, candidates, target_offset, **grid._asdict())
 
 
 def _with_cells(results: LossAndCells, grid: Grid, active: Grid, layers: list[int]) -> LossAndCells:

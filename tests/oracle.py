@@ -20,7 +20,7 @@ def pool(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
         rows.append(
             {
                 "mean": lambda tokens=tokens: tokens.mean(0),
-                "max": lambda tokens=tokens: tokens.amax(0),
+                "max": lambda tokens=tokens: tokens.max(0).values,  # ties: the first token
                 "cls": lambda tokens=tokens: tokens[0],
                 "lasttoken": lambda tokens=tokens: tokens[-1],
                 "mean_sqrt_len_tokens": lambda tokens=tokens: tokens.sum(0) / len(tokens) ** 0.5,
