@@ -8,6 +8,7 @@
 
 #include "../checks.h"
 #include "kernels.h"
+#include "memory.h"
 
 namespace m2d::cpu {
 namespace {
@@ -37,13 +38,21 @@ Tensor pool_op(at::TensorList hidden_states, at::TensorList coefficients,
   return pool_states(problem);
 }
 
+GradProblem allocate_grads(const Tensor& pooled_grad, at::IntArrayRef layers,
+                           at::TensorList coefficients, const std::optional<Tensor>& cu_seqlens,
+                           at::ScalarType dtype) {
+  GradProblem problem = allocate_state_grads(pooled_grad, layers, coefficients, cu_seqlens, dtype);
+  for (const Tensor& grad : problem.grads) advise_huge_pages(grad);
+  return problem;
+}
+
 std::vector<Tensor> pool_backward_op(const Tensor& pooled_grad,
                                      const std::optional<Tensor>& grad_output,
                                      at::IntArrayRef layers, at::TensorList coefficients,
                                      const std::optional<Tensor>& cu_seqlens,
                                      at::ScalarType dtype) {
   const Tensor rows = pooled_grad.contiguous();
-  GradProblem problem = allocate_state_grads(rows, layers, coefficients, cu_seqlens, dtype);
+  GradProblem problem = allocate_grads(rows, layers, coefficients, cu_seqlens, dtype);
   const double factor = grad_output.has_value() ? grad_output->item<double>() : 1.0;
   dispatch_states(dtype, [&](auto scalar, auto acc) {
     using Acc = decltype(acc);
@@ -75,7 +84,7 @@ std::vector<Tensor> pool_max_backward_op(const Tensor& pooled_grad, const Tensor
   TORCH_CHECK(indices.sizes() == rows.sizes() && indices.scalar_type() == at::kInt &&
                   indices.is_contiguous(),
               "indices must be those of pool_max");
-  GradProblem problem = allocate_state_grads(rows, layers, coefficients, cu_seqlens, dtype);
+  GradProblem problem = allocate_grads(rows, layers, coefficients, cu_seqlens, dtype);
   dispatch_states(dtype, [&](auto scalar, auto acc) {
     using Acc = decltype(acc);
     pool_max_backward<decltype(scalar), Acc>(problem.pool.params, rows.const_data_ptr<Acc>(),
