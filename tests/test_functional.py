@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -370,6 +372,22 @@ def test_several_python_threads_at_once() -> None:
     for loss, grads in outcomes:
         assert torch.equal(loss, expected[0])
         assert all(map(torch.equal, grads, expected[1]))
+
+
+@pytest.mark.skipif(not COMPILED or not hasattr(os, "fork"), reason="no extension, or no fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_after_fork() -> None:
+    """A child whose parent has a running thread pool computes the same, and does not wait for threads it lacks."""
+    torch.set_num_threads(2)
+    case = make_case(14, 3, (9, 5), 20, 32, [16, 32])
+    expected = case.run("fused", torch.float32)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        loss, _ = case.run("fused", torch.float32)
+        os._exit(0 if torch.equal(loss, expected[0]) else 1)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
 
 
 POOLED_SHAPES = [

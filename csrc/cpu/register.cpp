@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../checks.h"
+#include "fork.h"
 #include "kernels.h"
 #include "memory.h"
 
@@ -15,6 +16,7 @@ namespace {
 
 template <class Kernel>
 void dispatch_states(at::ScalarType type, const Kernel& kernel) {
+  use_one_thread_after_fork();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, type, "m2d_ext", [&] {
     using Acc = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
     kernel(scalar_t{}, Acc{});
@@ -96,6 +98,7 @@ std::vector<Tensor> pool_max_backward_op(const Tensor& pooled_grad, const Tensor
 LossOutputs run_loss(const Tensor& pooled, const std::optional<Tensor>& candidates,
                      int64_t target_offset, const LossOptions& options) {
   LossOutputs outputs;
+  use_one_thread_after_fork();
   AT_DISPATCH_FLOATING_TYPES(pooled.scalar_type(), "m2d_ext", [&] {
     auto problem = read_loss<scalar_t>(pooled, candidates, target_offset, options);
     loss<scalar_t>(problem.params);
