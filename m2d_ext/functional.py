@@ -60,7 +60,7 @@ def matryoshka_2d_loss(
         pooling: "mean", "cls", "lasttoken", "mean_sqrt_len_tokens", "weightedmean" or "max".
         normalize: whether the model normalises its pooled rows; it changes the KL.
         deferred: allows the gradients of all but the final layer to be added where autograd brings those layers'
-            own gradients. The values are the same; they are dense where deferring is not possible.
+            own gradients, with the same values. This version always returns dense ones.
         backend: "fused", "reference" (eager PyTorch), or "auto": fused where it can be.
         return_cells: whether to return also the cells.
 

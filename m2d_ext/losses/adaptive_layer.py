@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal, TypeAlias
 
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.losses.gradcache import uses_gradient_cache
 from sentence_transformers.base.model import BaseModel
 from sentence_transformers.base.modules import Transformer
 from torch import Tensor, nn
 
 from . import fallback, pipeline
-from .matryoshka import MatryoshkaLoss, fused_loss, say_fallback, uses_gradient_cache
+from .matryoshka import MatryoshkaLoss, fused_loss, say_fallback
 from .pipeline import Features
 
 LayerWeighting: TypeAlias = Literal["uniform", "log", "linear"] | Callable[[int], float]

@@ -6,23 +6,15 @@ same states again, cut to a layer or a dimension; it is restored whatever happen
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from sentence_transformers.base.losses.merged_forward import column_merging_disabled
 from torch import Tensor
 
 from .pipeline import Features, all_hidden_states
-
-
-def column_merging_disabled() -> AbstractContextManager[None]:
-    """Each column in its own forward: the layer loop hands states from one loss call to the next in its dict."""
-    try:
-        from sentence_transformers.base.losses import merged_forward
-    except ImportError:  # sentence-transformers < 6.2 never merges
-        return nullcontext()
-    return merged_forward.column_merging_disabled()
 
 
 @contextmanager
@@ -196,7 +188,7 @@ def adaptive_layer_loss(
     with (
         replaced_forward(model[0], layer_forward),
         replaced_forward(model, recorder),
-        column_merging_disabled(),
+        column_merging_disabled(),  # states pass from one loss call to the next in the columns' own dicts
     ):
         total = loss(features, labels) * last_layer_weight
         if kl_temperature > 0:

@@ -2,10 +2,10 @@
 
 from typing import Any
 
+from sentence_transformers.base.losses.gradcache import uses_gradient_cache
 from sentence_transformers.sentence_transformer import losses
 from torch import nn
 
-from . import matryoshka
 from .adaptive_layer import AdaptiveLayerLoss
 from .matryoshka import MatryoshkaLoss
 from .matryoshka_2d import Matryoshka2dLoss
@@ -60,12 +60,11 @@ def fuse(loss: Any) -> nn.Module:
 
 
 def _layer_options(loss: Any) -> dict[str, Any]:
-    # Before 6.2 sentence-transformers had no layer_weighting, and weighted linearly.
-    return {name: getattr(loss, name, "linear") for name in LAYER_OPTIONS}
+    return {name: getattr(loss, name) for name in LAYER_OPTIONS}
 
 
 def _without_dims(loss: Any) -> nn.Module:
     """Undo what a sentence-transformers MatryoshkaLoss did to a gradient-caching loss; the twin does it anew."""
-    if matryoshka.uses_gradient_cache(loss) and hasattr(loss.calculate_loss, "matryoshka_dims"):
+    if uses_gradient_cache(loss) and hasattr(loss.calculate_loss, "matryoshka_dims"):
         loss.calculate_loss = loss.calculate_loss.fn
     return loss

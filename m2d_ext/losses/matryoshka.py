@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.losses.gradcache import uses_gradient_cache
 from torch import Tensor, nn
 
 from ..arguments import Tokens
@@ -13,20 +14,6 @@ from . import fallback, pipeline
 from .pipeline import Features
 
 logger = logging.getLogger("m2d_ext")
-
-
-def uses_gradient_cache(loss: nn.Module) -> bool:
-    """Whether the loss re-embeds its inputs in a hook on the loss that it returns."""
-    from sentence_transformers.sentence_transformer import losses
-
-    return getattr(loss, "uses_gradient_cache", False) or isinstance(
-        loss,
-        (
-            losses.CachedMultipleNegativesRankingLoss,
-            losses.CachedMultipleNegativesSymmetricRankingLoss,
-            losses.CachedGISTEmbedLoss,
-        ),
-    )
 
 
 def say_fallback(loss: nn.Module, reason: str) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.losses.merged_forward import merge_feature_batches
 from sentence_transformers.base.model import BaseModel
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
@@ -107,7 +108,9 @@ def final_tokens(model: nn.Module, inner: Any, features: Sequence[Features]) -> 
 
     Candidate columns share one call where sentence-transformers merges them.
     """
-    columns = [features[0], *(_merged(features[1:]) or features[1:])]
+    candidates = list(features[1:])
+    merged = merge_feature_batches(candidates) if len(candidates) > 1 else None
+    columns = [features[0], *(candidates if merged is None else [merged])]
     outputs = [_call(model, column) for column in columns]
     return _tokens([[output["token_embeddings"]] for output in outputs], outputs, inner[1])
 
@@ -118,15 +121,6 @@ def layer_tokens(model: nn.Module, inner: Any, features: Sequence[Features]) -> 
         outputs = [_call(model, column) for column in features]
     states = [[*output["all_layer_embeddings"][:-1], output["token_embeddings"]] for output in outputs]
     return _tokens(states, outputs, inner[1])
-
-
-def _merged(features: Sequence[Features]) -> list[Features] | None:
-    try:
-        from sentence_transformers.base.losses.merged_forward import merge_feature_batches
-    except ImportError:  # sentence-transformers < 6.2 calls the model once per column
-        return None
-    merged = merge_feature_batches(list(features)) if len(features) > 1 else None
-    return None if merged is None else [merged]
 
 
 def _call(model: nn.Module, features: Features) -> Features:
