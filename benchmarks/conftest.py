@@ -148,7 +148,6 @@ def _speed_table(results: Results) -> Table:
         table.add_row(f"aim: resident, {padding}", *[""] * 4, *bars, "", "", "", style="dim")
     for (shape, padding, allocator), speed in sorted(results.speed.items(), key=_reading_order):
         faults = "/".join(f"{speed.providers[name]['page_faults']:.0f}" for name in (OURS, FLOOR))
-        compiled = speed.providers.get(COMPILED)
         times = [speed.milliseconds(name) for name in (OURS, FLOOR, SENTENCE_TRANSFORMERS, COMPILED)]
         ratios = [
             speed.ratio(OURS, FLOOR),
