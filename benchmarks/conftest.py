@@ -148,6 +148,7 @@ def _speed_table(results: Results) -> Table:
         table.add_row(f"aim: resident, {padding}", *[""] * 4, *bars, "", "", "", style="dim")
     for (shape, padding, allocator), speed in sorted(results.speed.items(), key=_reading_order):
         faults = "/".join(f"{speed.providers[name]['page_faults']:.0f}" for name in (OURS, FLOOR))
+        compiled = speed.providers.get(COMPILED)
         times = [speed.milliseconds(name) for name in (OURS, FLOOR, SENTENCE_TRANSFORMERS, COMPILED)]
         ratios = [
             speed.ratio(OURS, FLOOR),
@@ -159,9 +160,7 @@ def _speed_table(results: Results) -> Table:
             f"{shape}, {allocator}, {padding}",
             *[_number(value, 1) for value in times],
             *[_number(value) for value in ratios],
-            speed.providers[COMPILED]["note"].removesuffix("-no-cudagraphs")
-            if COMPILED in speed.providers
-            else "fails",
+            compiled["note"].removesuffix("-no-cudagraphs") if compiled else "fails",
             faults,
             f"{speed.other_cores:.1f}",
         )

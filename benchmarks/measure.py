@@ -30,6 +30,9 @@ from shapes import PADDINGS, Shape
 
 NUM_THREADS = 2
 WARMUP_ROUNDS = 2
+# Two threads that meet at barriers lose far more to a busy neighbour than its share of the machine.
+ATTEMPTS = 3
+QUIET_CORES = 0.1
 LOSS_TOLERANCE = 1e-4
 
 # glibc's malloc, see mallopt(3). Elsewhere the variables have no effect; the page faults that are reported tell.
@@ -78,6 +81,18 @@ def interleaved(candidates: dict[str, Candidate], rounds: int) -> dict[str, list
     return samples
 
 
+def quietest(candidates: dict[str, Candidate], rounds: int) -> tuple[float, dict[str, list[tuple[float, int]]]]:
+    """The attempt with the least other work on the machine, whatever its times; and how many cores that kept busy."""
+    attempts = []
+    for _ in range(ATTEMPTS):
+        others = OtherWork()
+        samples = interleaved(candidates, rounds)
+        attempts.append((others.cores(), samples))
+        if attempts[-1][0] < QUIET_CORES:
+            break
+    return min(attempts, key=lambda attempt: attempt[0])
+
+
 def fastest(candidates: list[Candidate]) -> Candidate | None:
     if len(candidates) < 2:
         return candidates[0] if candidates else None
@@ -103,10 +118,9 @@ def measure_speed(inputs: providers.Inputs, rounds: int) -> dict[str, Any]:
     gc.collect()
     gc.freeze()
     gc.disable()
-    others = OtherWork()
-    samples = interleaved(candidates, rounds)
+    other_cores, samples = quietest(candidates, rounds)
     return {
-        "other_cores": others.cores(),
+        "other_cores": other_cores,
         "providers": {
             name: {
                 "seconds": [seconds for seconds, _ in pairs],

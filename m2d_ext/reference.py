@@ -154,7 +154,7 @@ def _cross_entropy(other_logits: Tensor, target_logits: Tensor) -> Tensor:
 
 def _kl_divergences(embeddings: Tensor, used: Tensor, temperature: float) -> Tensor:
     """KL (L,) to the final layer's feature softmax, detached; NaN where not used."""
-    if not used.any():
+    if not torch.compiler.is_compiling() and not used.any():  # traced, the question would break the graph
         return embeddings.new_full((len(embeddings),), torch.nan)
     teacher = F.log_softmax(embeddings[-1].detach() / temperature, dim=-1)
     student = F.log_softmax(embeddings / temperature, dim=-1)

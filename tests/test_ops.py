@@ -98,9 +98,11 @@ def test_malformed_calls_are_refused() -> None:
         torch.ops.m2d_ext.pooled_loss(rows, None, 1, *_grid(1), True)
 
 
+@pytest.mark.parametrize("backend", ["fused", "reference"])
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compile(dynamic: bool) -> None:
+def test_compile(dynamic: bool, backend: str) -> None:
     options: dict[str, Any] = {"dims": [4, 8], "weights": [[1.0, 0.5]] * 2, "kl_weights": [0.5, 0.0]}
+    options["backend"] = backend
 
     def step(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
         return matryoshka_2d_loss([a * 2, b], mask, **options)
