@@ -80,13 +80,11 @@ struct LossParams {
   bool gathered;             // candidates lie apart from the pooled rows
   Rows<const T> pooled;      // (L, N, D)
   Rows<const T> candidates;  // (L, M, D), gathered only
-  Rows<T> embeddings;        // E of `pooled`; the same memory where normalize is off
-  Rows<T> candidate_embeddings;
-  Rows<T> pooled_grad;     // dP (L, N, D); data is nullptr where no gradient is wanted
-  Rows<T> candidate_grad;  // (L, M, D), gathered only
-  T* cells;                // CE (L, K); NaN for a cell whose weight is 0
-  T* kl;                   // KL (L,); NaN for a layer whose weight is 0
-  T* loss;                 // scalar
+  Rows<T> pooled_grad;       // dP (L, N, D); data is nullptr where no gradient is wanted
+  Rows<T> candidate_grad;    // (L, M, D), gathered only
+  T* cells;                  // CE (L, K); NaN for a cell whose weight is 0
+  T* kl;                     // KL (L,); NaN for a layer whose weight is 0
+  T* loss;                   // scalar
 };
 
 }  // namespace m2d
