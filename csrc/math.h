@@ -21,6 +21,20 @@
 //   ra_c = sum_{k>=c} ia_k^2 rowsum(G_k C_k),   rb_c likewise with ib and colsum
 //   dE[anchors, chunk c]    = X_c   E[candidates, chunk c] - ra_c E[anchors, chunk c]
 //   dE[candidates, chunk c] = X_c^T E[anchors, chunk c]    - rb_c E[candidates, chunk c]
+//
+// Precision. X E - r E cancels where rows are nearly parallel, as those of early layers are, and U agrees
+// with |E[i]| |E[j]| in most of its digits. Kernels that multiply in less than double therefore take rows
+// apart, exactly or in double:
+//
+//   u[n] = E[n] / f[n] = gamma[n] c + delta[n],   f = |E|, so that nothing over- or underflows
+//
+// with a center c of the layer's rows and gamma = 1, or gamma = 0 where u without c is the shorter one in
+// some prefix (2 <c, u>_k < |c_k|^2: a row of zeros, or one that points elsewhere). i_k = f / |E_k| takes
+// the place of ia and ib, and only what is small is multiplied in low precision:
+//
+//   U_k[i,j] = <delta_i, delta_j>_k + gamma_i <c, u_j>_k + gamma_j (<c, u_i>_k - gamma_i |c_k|^2)
+//   du[i, chunk c] = sum_j X_c delta_j + alpha_c c - ra_c u_i,    dE = du / f
+//   alpha_c = sum_{k>=c} i_k[i] sum_j G_k i_k[j] gamma_j          likewise for the candidates
 #pragma once
 
 #include <cmath>
@@ -81,15 +95,6 @@ M2D_INLINE double exp_nonpositive(double x) {
   std::memcpy(&two_to_n, &bits, sizeof(bits));
   return p * two_to_n;
 }
-
-// One anchor's softmax in cell (l, k), as far as its gradient needs it. The probability of the target is
-// never formed as 1 - p: in a saturated row that difference is all rounding error, while `others` keeps
-// full relative accuracy.
-struct RowSoftmax {
-  double max;      // max_j S_j
-  double others;   // sum_{j != t} exp(S_j - max)
-  double inverse;  // 1 / sum_j exp(S_j - max)
-};
 
 // logsumexp_j S_j - S_t. `target` is exp(S_t - max), `gap` is max - S_t >= 0: two non-negative terms.
 M2D_INLINE double cross_entropy(double others, double target, double gap) {

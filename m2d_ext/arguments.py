@@ -1,5 +1,6 @@
 """From what a user passes to what the operators take, or one error that names the argument at fault."""
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -165,11 +166,13 @@ def read_grid(
     dims: Sequence[int],
     weights: Weights,
     kl_weights: Sequence[float] | Tensor | None,
-    kl_temperature: float,
-    scale: float,
-    normalize: bool,
-) -> Grid:
+    **options: Any,
+) -> tuple[Grid, list[int], Grid]:
     """Check what the loss is asked for.
+
+    Returns:
+        The grid; the layers that matter; and the grid over them alone (:meth:`Grid.active`). Inside torch.compile
+        all layers matter: which weights are 0 would be a question to the data.
 
     Raises:
         TypeError: an argument is of the wrong kind.
@@ -177,7 +180,26 @@ def read_grid(
     """
     _check_columns(num_columns, num_texts)
     dims = _read_dims(dims, width)
-    kl_weights = [0.0] * num_layers if kl_weights is None else kl_weights
+    kl_weights = (0.0,) * num_layers if kl_weights is None else kl_weights
+    read = _read_weights
+    if not (isinstance(weights, Tensor) or isinstance(kl_weights, Tensor) or torch.compiler.is_compiling()):
+        # A training loop asks for the same thing in every step.
+        weights, kl_weights = tuple(map(tuple, weights)), tuple(kl_weights)
+        read = _read_weights_once
+    return read(num_layers, num_columns, dims, weights, kl_weights, **options)
+
+
+def _read_weights(
+    num_layers: int,
+    num_columns: int,
+    dims: tuple[int, ...],
+    weights: Weights,
+    kl_weights: Sequence[float] | Tensor,
+    *,
+    kl_temperature: float,
+    scale: float,
+    normalize: bool,
+) -> tuple[Grid, list[int], Grid]:
     grid = Grid(
         _read_table("weights", weights, (num_layers, len(dims))),
         _read_table("kl_weights", kl_weights, (num_layers,)),
@@ -191,7 +213,12 @@ def read_grid(
         raise ValueError(
             f"kl_weights must be 0 for the final layer, which is the teacher, got {float(kl_weights[-1])}"
         )
-    return grid
+    if torch.compiler.is_compiling():
+        return grid, list(range(num_layers)), grid
+    return grid, *grid.active()
+
+
+_read_weights_once = functools.lru_cache(maxsize=64)(_read_weights)
 
 
 def _check_columns(num_columns: int, num_texts: int) -> None:

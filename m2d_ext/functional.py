@@ -126,7 +126,7 @@ def matryoshka_2d_loss_pooled(
         TypeError, ValueError, RuntimeError: as :func:`matryoshka_2d_loss`.
     """
     arguments.check_pooled(pooled, candidates, target_offset, num_columns)
-    grid = arguments.read_grid(
+    grid, layers, active = arguments.read_grid(
         num_layers=pooled.shape[0],
         num_texts=pooled.shape[1],
         width=pooled.shape[2],
@@ -139,7 +139,6 @@ def matryoshka_2d_loss_pooled(
         normalize=normalize,
     )
     fused = _is_fused(backend, pooled)
-    layers, active = _active(grid)
     if len(layers) < len(pooled):
         pooled = pooled[layers]
         candidates = None if candidates is None else candidates[layers]
@@ -178,11 +177,10 @@ def pool_layers(
 
 def loss_of_tokens(tokens: Tokens, backend: str = "auto", **options: Any) -> LossAndCells:
     """:func:`matryoshka_2d_loss` from a ready coefficient table: the loss, the cells and the KLs."""
-    grid = arguments.read_grid(
+    grid, layers, active = arguments.read_grid(
         num_layers=tokens.num_layers, num_texts=tokens.num_texts, width=tokens.states[0].shape[-1], **options
     )
     fused = _is_fused(backend, tokens.states[0])
-    layers, active = _active(grid)
     return _with_cells(_loss(tokens.select(layers), active, fused), grid, active, layers)
 
 
@@ -198,12 +196,6 @@ def _is_fused(backend: str, tensor: Tensor) -> bool:
     missing = f"it has no kernels for {tensor.device.type} tensors" if _extension.available() else "it is not compiled"
     _extension.warn_missing_once(missing)
     return False
-
-
-def _active(grid: Grid) -> tuple[list[int], Grid]:
-    if torch.compiler.is_compiling():  # which weights are 0 would be a question to the tensors' data
-        return list(range(len(grid.weights))), grid
-    return grid.active()
 
 
 def _loss(tokens: Tokens, grid: Grid, fused: bool) -> LossAndCells:

@@ -28,8 +28,9 @@ def padded_coefficients(
     Returns:
         (N, T).
     """
-    start = _first_token(mask)
-    kept = mask if prompt_length == 0 else mask * (_positions(mask) >= (start + prompt_length)[:, None])
+    kept = mask
+    if prompt_length > 0:
+        kept = mask * (_positions(mask) >= (_first_token(mask) + prompt_length)[:, None])
     if pooling == "cls":
         # Where the prompt is all there is, its own first token stands for the text.
         emptied = ~kept.bool().any(1, keepdim=True)
@@ -40,7 +41,7 @@ def padded_coefficients(
         return kept.bool().to(dtype)
     weights = kept.to(dtype)
     if pooling == "weightedmean":
-        weights = weights * (_positions(mask) + 1 - start[:, None])
+        weights = weights * (_positions(mask) + 1 - _first_token(mask)[:, None])
     total = weights.sum(1) if weights_sum is None else weights_sum.to(dtype)
     total = total.clamp(min=MIN_WEIGHT_SUM)[:, None]
     return weights / (total.sqrt() if pooling == "mean_sqrt_len_tokens" else total)

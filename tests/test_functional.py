@@ -391,10 +391,12 @@ def test_after_fork() -> None:
 
 
 POOLED_SHAPES = [
-    # L, B, columns, M, D, dims: small, and two so large that similarities are recomputed instead of kept
+    # L, B, columns, M, D, dims: small, and so large that not all is worked on at once
     (2, 9, 3, 31, 16, [5, 9]),
     (2, 500, 2, 1100, 24, [8, 24]),
     (1, 800, 2, 1500, 16, [16]),
+    (1, 1100, 2, 2600, 8, [4, 8]),  # the anchors of one layer come in several parts
+    (40, 5, 2, 7, 24, [8, 24]),  # and so do the layers
 ]
 
 
@@ -424,6 +426,50 @@ def test_pooled(backend: str, shape: tuple[Any, ...], normalize: bool, gathered:
     torch.testing.assert_close(loss, truth)
     for grad, expected in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(truth, leaves), strict=True):
         assert oracle.relative_error(grad, expected) < 1e-12
+
+
+@pytest.mark.skipif(not COMPILED, reason="no extension")
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("spread", [1e-1, 1e-3, 1e-5])
+def test_nearly_parallel_rows(spread: float, normalize: bool) -> None:
+    """Embeddings of early layers: their cosines agree in all digits but the last few that float32 has."""
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(2, 1, 64, generator=generator) * 3
+    pooled = common * (1 + torch.rand(2, 24, 1, generator=generator)) + spread * torch.randn(
+        2, 24, 64, generator=generator
+    )
+    exact = pooled.double().requires_grad_()
+    pooled.requires_grad_()
+    options = {"dims": [16, 64], "weights": [[1.0, 1.0]] * 2, "normalize": normalize}
+    truth = oracle.loss_of_pooled(exact, num_columns=2, **options)
+    loss = matryoshka_2d_loss_pooled(pooled, **options)
+    assert abs(loss.item() - truth.item()) <= 1e-6 * truth.item()
+    (grad,), (expected,) = torch.autograd.grad(loss, pooled), torch.autograd.grad(truth, exact)
+    assert oracle.relative_error(grad, expected) < 1e-5
+
+
+@pytest.mark.skipif(not COMPILED, reason="no extension")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pooling", ["mean", "weightedmean"])
+@pytest.mark.parametrize("width", [512, 509])
+def test_gradients_larger_than_the_cache(width: int, pooling: str, dtype: torch.dtype) -> None:
+    """They are written past the caches where rows are aligned."""
+    generator = torch.Generator().manual_seed(0)
+    state = torch.randn(96, 128, width, generator=generator).to(dtype)
+    states = [state.detach().requires_grad_() for _ in range(3)]
+    assert sum(state.nbytes for state in states) > 2**25
+    mask = (torch.arange(128) < torch.randint(0, 129, (96, 1), generator=generator)).long()
+    upstream = torch.randn(3, 96, width, generator=generator).to(dtype)
+    many = torch.autograd.grad(pool_layers(states, mask, pooling=pooling), states, upstream)
+    one = [
+        torch.autograd.grad(pool_layers([state], mask, pooling=pooling), state, up[None])[0]
+        for state, up in zip(states, upstream, strict=True)
+    ]
+    expected = torch.autograd.grad(pool_layers(states, mask, pooling=pooling, backend="reference"), states, upstream)
+    for a, b, c in zip(many, one, expected, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, c)
+        assert not a[mask == 0].any()
 
 
 @pytest.mark.skipif(not COMPILED, reason="no extension")

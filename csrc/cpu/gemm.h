@@ -1,26 +1,28 @@
-// torch's BLAS on raw rows, callable inside at::parallel_for (where it runs on the calling thread).
+// Small matrix products on one thread, for use inside at::parallel_for. The order of every sum is that of the
+// depth, whatever the sizes and however rows and columns are split among calls.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/addmm.h>
-#include <ATen/ops/from_blob.h>
-#include <ATen/ops/mm.h>
+#include <cstdint>
 
 namespace m2d::cpu {
 
-// A row-major matrix inside a larger one: element (i, j) at data[i * stride + j].
-inline at::Tensor matrix(const double* data, int64_t rows, int64_t cols, int64_t stride) {
-  return at::from_blob(const_cast<double*>(data), {rows, cols}, {stride, 1},
-                       at::dtype(at::kDouble));
-}
+// Rows that `gemm` reads whole vectors of must be followed by this many readable elements.
+constexpr int64_t kGemmSlack = 32;
 
-// out = a b, or out += a b.
-inline void gemm(at::Tensor out, const at::Tensor& a, const at::Tensor& b, bool accumulate) {
-  if (accumulate) {
-    at::addmm_out(out, out, a, b);
-  } else {
-    at::mm_out(out, a, b);
-  }
-}
+// C (rows, cols) = A B, or += A B.
+template <class T>
+struct Gemm {
+  int64_t rows, cols, depth;
+  const T* a;  // element (i, k) at a[i * a_row_stride + k * a_depth_stride]
+  int64_t a_row_stride, a_depth_stride;
+  const T* b;  // element (k, j) at b[k * b_stride + j]; see kGemmSlack
+  int64_t b_stride;
+  T* c;  // element (i, j) at c[i * c_stride + j]
+  int64_t c_stride;
+  bool accumulate;
+};
+
+template <class T>
+void gemm(const Gemm<T>& problem);
 
 }  // namespace m2d::cpu

@@ -11,10 +11,11 @@ namespace m2d::cpu {
 template <class Scalar, class Acc>
 void pool(const PoolParams& params);
 
-// states = grad_output * a[n, t] * pooled_grad[layers[l], n, :], 0 where the coefficient is 0.
+// states = grad_output * a[n, t] * pooled_grad[layers[l], n, :], 0 where the coefficient is 0; past the caches if
+// `stream`, see memory.h.
 template <class Scalar, class Acc>
 void pool_backward(const PoolParams& params, const Acc* pooled_grad, const int64_t* layers,
-                   Acc grad_output);
+                   Acc grad_output, bool stream);
 
 // pooled (L, N, D) = the maximum over tokens whose coefficient is not 0, and indices (L, N, D) the first
 // token of the text that has it; 0 and -1 for a text without tokens. NaN is the largest.

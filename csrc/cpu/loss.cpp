@@ -1,661 +1,443 @@
 // The loss over pooled rows, all layers and dims at once. The formulas are those of math.h.
 //
-//   1. embed       inverse norms of every row and prefix, the teacher's softmax   one task per row
-//   2. anchors     U_k, row softmaxes, X_c, and the anchors' finished gradient    one task per tile
-//   3. candidates  the candidates' finished gradient                              one task per tile
-//   4. reduce      cells, KLs, loss                                               fixed order
+//   1. Embeddings   inverse norms of every row and prefix, a center for each layer
+//   2. RowGradient  the teacher's softmax
+//   3. Cells        for a few layers at a time, or for a part of one layer's anchors:
+//        center      delta, as it is and transposed                           tasks of 16 rows
+//        anchors     U, row softmaxes, X, and the anchors' finished gradient  a task per tile of anchors
+//        candidates  the candidates' finished gradient                        a task per tile of candidates
+//   4. rows that are in no cell
+//   5. cells, KLs, loss                                                       in a fixed order
 //
-// The pooled rows are read as they are; all else is computed in double: rows of a real batch are nearly
-// parallel in the early layers, where cosines agree in most of their digits and X E - r E cancels, and
-// the arithmetic is small beside the pooling's memory traffic.
+// The products are formed of centered rows in single precision, all else in double: rows of a real batch are nearly
+// parallel in the early layers, where cosines agree in most of their digits and X E - r E cancels.
 //
-// Each output element has one owner and every sum a fixed order that does not depend on the number of
-// threads. X (L, K, B, M) is kept between 2 and 3 while it is small; else 3 recomputes it from the row
-// softmaxes, so that memory grows with B + M and not with B * M.
-#include <ATen/Parallel.h>
-#include <ATen/core/LegacyTypeDispatch.h>
-
+// Each output element has one owner, and every sum an order that depends on the sizes of the problem
+// alone, not on the number of threads. X is kept for one wave of layers or anchors: memory grows with
+// B + M and not with L * B * M.
 #include <algorithm>
 #include <limits>
-#include <memory>
+#include <type_traits>
+#include <vector>
 
 #include "../math.h"
+#include "embeddings.h"
 #include "gemm.h"
 #include "kernels.h"
-#include "simd.h"
+#include "row_gradient.h"
+#include "rows.h"
 
 namespace m2d::cpu {
 namespace {
 
-constexpr int64_t kStoredBytes = 8 << 20;  // X is kept up to this size
-constexpr int64_t kTileBytes = 2 << 20;    // working set of one tile: U and X of all its prefixes
-constexpr int64_t kPanelBytes = 1 << 20;   // rows converted to double at a time
-constexpr int64_t kMinTasks = 8;           // tiles shrink until this many can run at once
-constexpr int64_t kMinTile = 16;
-constexpr int64_t kMaxTile = 256;
-constexpr int64_t kRowGrain = 16;
+// Row length in memory: whole cache lines, an odd number of them, so that rows do not meet in few cache sets.
+int64_t padded(int64_t n) {
+  constexpr int64_t kLine = 16;
+  return (ceil_div(n, kLine) | 1) * kLine;
+}
 
-// Uninitialised memory: every stage writes before it reads.
-template <class T>
-class Buffer {
+// Rows come and go in T; they are multiplied in Product.
+template <class T, class Product>
+class Cells {
  public:
-  explicit Buffer(int64_t size) : data_(size > 0 ? new T[size] : nullptr) {}
-  T* get() const { return data_.get(); }
-
- private:
-  std::unique_ptr<T[]> data_;
-};
-
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
-// ---- loops over one row, compiled per vector level ----
-
-template <class T>
-M2D_MULTIVERSION double sum_of_squares(const T* __restrict x, int64_t n) {
-  double sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += static_cast<double>(x[i]) * static_cast<double>(x[i]);
-  return sum;
-}
-
-M2D_MULTIVERSION double dot(const double* __restrict x, const double* __restrict y, int64_t n) {
-  double sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += x[i] * y[i];
-  return sum;
-}
-
-M2D_MULTIVERSION double sum(const double* __restrict x, int64_t n) {
-  double total = 0;
-#pragma omp simd reduction(+ : total)
-  for (int64_t i = 0; i < n; ++i) total += x[i];
-  return total;
-}
-
-template <class From, class To>
-M2D_MULTIVERSION void scale_row(const From* __restrict x, double factor, int64_t n,
-                                To* __restrict out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<To>(factor * static_cast<double>(x[i]));
-}
-
-M2D_MULTIVERSION void add_scaled(const double* __restrict x, double factor, int64_t n,
-                                 double* __restrict out) {
-  for (int64_t i = 0; i < n; ++i) out[i] += factor * x[i];
-}
-
-// e_j = exp(S_j - max) with S_j = scale_ia u_j ib_j; returns max.
-M2D_MULTIVERSION double logits_to_exp(const double* __restrict u, const double* __restrict ib,
-                                      double scale_ia, int64_t n, double* __restrict e) {
-  double max = -std::numeric_limits<double>::infinity();
-#pragma omp simd reduction(max : max)
-  for (int64_t j = 0; j < n; ++j) {
-    e[j] = scale_ia * u[j] * ib[j];
-    max = e[j] > max ? e[j] : max;
-  }
-  for (int64_t j = 0; j < n; ++j) e[j] = exp_nonpositive(e[j] - max);
-  return max;
-}
-
-// The same with a known maximum.
-M2D_MULTIVERSION void logits_to_exp_at(const double* __restrict u, const double* __restrict ib,
-                                       double scale_ia, double max, int64_t n,
-                                       double* __restrict e) {
-  for (int64_t j = 0; j < n; ++j) e[j] = exp_nonpositive(scale_ia * u[j] * ib[j] - max);
-}
-
-// In: e, with -others in the target's place. Out: X = G ia ib in place, colsum += G C, returns sum G C.
-M2D_MULTIVERSION double exp_to_gradient(const double* __restrict u, const double* __restrict ib,
-                                        double ia, double coefficient, int64_t n,
-                                        double* __restrict x, double* __restrict colsum) {
-  double rowsum = 0;
-#pragma omp simd reduction(+ : rowsum)
-  for (int64_t j = 0; j < n; ++j) {
-    const double iaib = ia * ib[j];
-    const double g = coefficient * x[j];
-    const double gc = g * (u[j] * iaib);
-    rowsum += gc;
-    colsum[j] += gc;
-    x[j] = g * iaib;
-  }
-  return rowsum;
-}
-
-struct MaxSum {
-  double max, sum;
-};
-
-// p = exp(z - max) with z = factor * x, unnormalised; returns max and sum p.
-template <class T>
-M2D_MULTIVERSION MaxSum softmax_numerators(const T* __restrict x, double factor, int64_t n,
-                                           double* __restrict p) {
-  double max = -std::numeric_limits<double>::infinity();
-#pragma omp simd reduction(max : max)
-  for (int64_t i = 0; i < n; ++i) {
-    p[i] = factor * static_cast<double>(x[i]);
-    max = p[i] > max ? p[i] : max;
-  }
-  double total = 0;
-#pragma omp simd reduction(+ : total)
-  for (int64_t i = 0; i < n; ++i) {
-    p[i] = exp_nonpositive(p[i] - max);
-    total += p[i];
-  }
-  return {max, total};
-}
-
-// sum_i q_i (teacher_factor teacher_i - student_factor student_i)
-template <class T>
-M2D_MULTIVERSION double expected_gap(const T* __restrict q, const T* __restrict teacher,
-                                     double teacher_factor, const T* __restrict student,
-                                     double student_factor, int64_t n) {
-  double total = 0;
-#pragma omp simd reduction(+ : total)
-  for (int64_t i = 0; i < n; ++i) {
-    total += static_cast<double>(q[i]) * (teacher_factor * static_cast<double>(teacher[i]) -
-                                          student_factor * static_cast<double>(student[i]));
-  }
-  return total;
-}
-
-// grad += coefficient * (p * inverse_sum - q)
-template <class T>
-M2D_MULTIVERSION void add_kl_gradient(const double* __restrict p, double inverse_sum,
-                                      const T* __restrict q, double coefficient, int64_t n,
-                                      double* __restrict grad) {
-  for (int64_t i = 0; i < n; ++i)
-    grad[i] += coefficient * (p[i] * inverse_sum - static_cast<double>(q[i]));
-}
-
-// out = factor * (grad - along * e), e = inverse * x
-template <class T>
-M2D_MULTIVERSION void store_gradient(const double* __restrict grad, const T* __restrict x,
-                                     double along, double factor, int64_t n, T* __restrict out) {
-  for (int64_t i = 0; i < n; ++i) {
-    out[i] = static_cast<T>(factor * (grad[i] - along * static_cast<double>(x[i])));
-  }
-}
-
-// ---- the stages ----
-
-// Rows of one kind (the pooled rows, or gathered candidates) with what stage 1 learns of them.
-template <class T>
-struct EmbeddedRows {
-  Rows<const T> pooled;           // P
-  Rows<T> grad;                   // dP; data is nullptr where no gradient is wanted
-  Buffer<double> prefix_inverse;  // (L, K, rows), 1 / max(|E[:d_k]|, eps)
-  Buffer<double> full_inverse;    // (L, rows), E = P * full_inverse: 1 where normalize is off
-
-  EmbeddedRows(Rows<const T> p, Rows<T> d, int64_t layers, int64_t dims)
-      : pooled(p),
-        grad(d),
-        prefix_inverse(layers * dims * p.count),
-        full_inverse(layers * p.count) {}
-};
-
-// The anchors or the candidates of one layer: rows [first, first + count) of their kind.
-template <class T>
-struct Side {
-  const EmbeddedRows<T>& rows;
-  int64_t layer, first, count;
-  const double* prefix_inverse;  // (K, count), `inverse_stride` between prefixes
-  int64_t inverse_stride;
-};
-
-template <class T>
-class LossKernel {
- public:
-  explicit LossKernel(const LossParams<T>& params)
-      : p_(params),
-        wants_grad_(params.pooled_grad.data != nullptr),
-        has_kl_(std::any_of(params.kl_weights, params.kl_weights + params.num_layers,
-                            [](double v) { return v != 0; })),
-        pooled_(params.pooled, params.pooled_grad, params.num_layers, params.num_dims),
-        gathered_(params.candidates, params.candidate_grad, params.gathered ? params.num_layers : 0,
-                  params.num_dims),
-        stored_(cells() * params.num_anchors * params.num_candidates *
-                    static_cast<int64_t>(sizeof(double)) <=
-                kStoredBytes),
-        anchor_tile_(tile_size(params.num_anchors, params.num_candidates)),
-        candidate_tile_(tile_size(params.num_candidates, stored_ ? 1 : anchor_tile_)),
-        anchor_tiles_(ceil_div(params.num_anchors, anchor_tile_)),
-        x_(wants_grad_ && stored_ ? cells() * params.num_anchors * params.num_candidates : 0),
-        tile_colsum_(wants_grad_ && stored_ ? cells() * anchor_tiles_ * params.num_candidates : 0),
-        softmax_(cells() * params.num_anchors),
-        cross_entropy_(cells() * params.num_anchors),
-        teacher_(has_kl_ ? params.num_texts * params.dim : 0),
-        teacher_lse_(has_kl_ ? params.num_texts : 0),
-        kl_rows_(has_kl_ ? params.num_layers * params.num_texts : 0) {}
+  Cells(const Embeddings<T>& embeddings, const RowGradient<T>& rows,
+        const std::vector<int64_t>& layers)
+      : e_(embeddings),
+        p_(embeddings.params()),
+        rows_(rows),
+        layers_(layers),
+        tile_(std::clamp(p_.num_anchors / kTilesPerBatch, kMinTile, kMaxTile)),
+        delta_stride_(padded(p_.dim)),
+        column_stride_(padded(p_.num_candidates)),
+        wave_layers_(choose_layers()),
+        wave_anchors_(choose_anchors()),
+        wave_tiles_(ceil_div(wave_anchors_, tile_)),
+        anchor_delta_(wave_layers_ * wave_anchors_ * delta_stride_ + kGemmSlack),
+        anchor_along_(wave_layers_ * p_.num_dims * wave_anchors_),
+        anchor_gamma_(wave_layers_ * wave_anchors_),
+        candidate_delta_(grad_only(wave_layers_ * p_.num_candidates * delta_stride_ + kGemmSlack)),
+        candidate_products_(
+            kProductsApart ? grad_only(wave_layers_ * p_.num_candidates * delta_stride_) : 0),
+        candidate_along_(wave_layers_ * p_.num_dims * p_.num_candidates),
+        candidate_gamma_(wave_layers_ * p_.num_candidates),
+        columns_(wave_layers_ * p_.dim * column_stride_ + kGemmSlack),
+        x_(grad_only(wave_layers_ * p_.num_dims * wave_anchors_ * column_stride_)),
+        tile_sums_(grad_only(wave_layers_ * wave_tiles_ * 2 * sums_size())),
+        sums_(grad_only(wave_layers_ * 2 * sums_size())),
+        cross_entropy_(p_.num_layers * p_.num_dims * p_.num_anchors) {}
 
   void run() {
-    embed(pooled_);
-    if (p_.gathered) embed(gathered_);
-    if (has_kl_) embed_teacher();
-    tiles(p_.num_anchors, anchor_tile_,
-          [this](int64_t l, int64_t begin, int64_t end) { anchors(l, begin, end); });
-    tiles(p_.num_candidates, candidate_tile_,
-          [this](int64_t l, int64_t begin, int64_t end) { candidates(l, begin, end); });
-    if (p_.gathered) {
-      tiles(p_.num_texts - p_.num_anchors, kMaxTile,
-            [this](int64_t l, int64_t begin, int64_t end) { own_candidates(l, begin, end); });
+    const int64_t num_layers = static_cast<int64_t>(layers_.size());
+    for (int64_t l = 0; l < num_layers; l += wave_layers_) {
+      for (int64_t first = 0; first < p_.num_anchors; first += wave_anchors_) {
+        run({layers_.data() + l, std::min(wave_layers_, num_layers - l), first,
+             std::min(wave_anchors_, p_.num_anchors - first)});
+      }
     }
-    reduce();
+  }
+
+  // The cross-entropy of each anchor (B,); left as it was where the weight is 0.
+  const double* cross_entropy(int64_t l, int64_t k) const {
+    return cross_entropy_.get() + (l * p_.num_dims + k) * p_.num_anchors;
   }
 
  private:
+  static constexpr int64_t kWaveBytes = 12 << 20;  // working set of a wave
+  static constexpr int64_t kTasksPerThread = 4;    // a wave takes in layers until there are as many
+  static constexpr int64_t kMinTile = 32;          // rows of one task
+  static constexpr int64_t kMaxTile = 128;
+  static constexpr int64_t kTilesPerBatch = 8;  // tiles grow from B = 256 on
+  static constexpr int64_t kCenterGrain = 16;
+
+  // Layers that are worked on together, or a part of the anchors of one layer. Below, w counts a wave's layers.
+  struct Wave {
+    const int64_t* layers;
+    int64_t num_layers;
+    int64_t first, num_anchors;
+  };
+
+  // Where products of rows go until they are finished: the rows' own gradients, where those are as wide.
+  struct Products {
+    Product* rows;
+    int64_t stride;
+  };
+  static constexpr bool kProductsApart = !std::is_same_v<T, Product>;
+
   // -- sizes and places --
 
-  int64_t cells() const { return p_.num_layers * p_.num_dims; }
-  double weight(int64_t l, int64_t k) const { return p_.weights[l * p_.num_dims + k]; }
-  bool has_cells(int64_t l) const {
-    return std::any_of(p_.weights + l * p_.num_dims, p_.weights + (l + 1) * p_.num_dims,
-                       [](double w) { return w != 0; });
+  Products place_products(const Side<T>& s, int64_t first, Product* own) const {
+    if constexpr (kProductsApart) {
+      return {own, delta_stride_};
+    } else {
+      return {rows_.wants_grad() ? e_.grad_row(s, first) : nullptr, p_.dim};
+    }
   }
-  int64_t chunk_begin(int64_t k) const { return k == 0 ? 0 : p_.dims[k - 1]; }
-  int64_t chunk_size(int64_t k) const { return p_.dims[k] - chunk_begin(k); }
-
-  // Rows per tile: its matrices against `others` columns fit the cache, and there are tiles for many
-  // threads. It must not depend on how many threads there are: the order of sums would.
-  int64_t tile_size(int64_t rows, int64_t others) const {
-    const int64_t row_bytes = (p_.num_dims + 1) * others * static_cast<int64_t>(sizeof(double));
-    const int64_t fitting = kTileBytes / std::max<int64_t>(row_bytes, 1);
-    const int64_t parallel = ceil_div(p_.num_layers * rows, kMinTasks);
-    return std::min(rows, std::clamp(std::min(fitting, parallel), kMinTile, kMaxTile));
+  Product* candidate_products(int64_t w, int64_t j) const {
+    return candidate_products_.get() + (w * p_.num_candidates + j) * delta_stride_;
   }
 
-  // Calls body(layer, begin, end) for the tiles of all layers, in parallel.
-  template <class Body>
-  void tiles(int64_t rows, int64_t size, const Body& body) {
-    const int64_t per_layer = ceil_div(rows, size);
-    at::parallel_for(0, p_.num_layers * per_layer, 1, [&](int64_t begin, int64_t end) {
-      const at::AutoDispatchBelowADInplaceOrView no_autograd;
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t first = i % per_layer * size;
-        body(i / per_layer, first, std::min(rows, first + size));
-      }
-    });
+  int64_t grad_only(int64_t size) const { return rows_.wants_grad() ? size : 0; }
+  int64_t sums_size() const { return p_.num_dims * p_.num_candidates; }
+  int64_t x_bytes(int64_t anchors) const {
+    return p_.num_dims * anchors * column_stride_ * static_cast<int64_t>(sizeof(Product));
   }
 
-  Side<T> side(const EmbeddedRows<T>& rows, int64_t l, int64_t first, int64_t count) const {
-    const int64_t total = rows.pooled.count;
-    return {rows, l, first, count, rows.prefix_inverse.get() + l * p_.num_dims * total + first,
-            total};
-  }
-  Side<T> anchor_side(int64_t l) const { return side(pooled_, l, 0, p_.num_anchors); }
-  Side<T> candidate_side(int64_t l) const {
-    return p_.gathered ? side(gathered_, l, 0, p_.num_candidates)
-                       : side(pooled_, l, p_.num_anchors, p_.num_candidates);
-  }
-
-  const T* row(const Side<T>& s, int64_t i) const {
-    return s.rows.pooled.data + s.layer * s.rows.pooled.layer_stride + (s.first + i) * p_.dim;
-  }
-  double full_inverse(const Side<T>& s, int64_t i) const {
-    return s.rows.full_inverse.get()[s.layer * s.rows.pooled.count + s.first + i];
+  int64_t choose_layers() const {
+    const int64_t delta_rows = p_.num_anchors + p_.num_candidates;
+    const int64_t delta = delta_rows * delta_stride_ + p_.dim * column_stride_;
+    const int64_t bytes = x_bytes(p_.num_anchors) + delta * static_cast<int64_t>(sizeof(Product));
+    const int64_t tiles = ceil_div(p_.num_anchors, tile_);
+    const int64_t wanted = ceil_div(kTasksPerThread * at::get_num_threads(), tiles);
+    const int64_t available = std::max<int64_t>(1, static_cast<int64_t>(layers_.size()));
+    const int64_t most = std::min(wanted, std::max<int64_t>(1, kWaveBytes / bytes));
+    return ceil_div(available, ceil_div(available, most));
   }
 
-  // E[begin:end, chunk k] in double, contiguous.
-  void load(const Side<T>& s, int64_t begin, int64_t end, int64_t k, double* panel) const {
-    for (int64_t i = begin; i < end; ++i) {
-      scale_row(row(s, i) + chunk_begin(k), full_inverse(s, i), chunk_size(k),
-                panel + (i - begin) * chunk_size(k));
+  int64_t choose_anchors() const {
+    const int64_t tiles = kWaveBytes / x_bytes(tile_);
+    return std::min(p_.num_anchors, std::max<int64_t>(1, tiles) * tile_);
+  }
+
+  Product* anchor_delta(int64_t w, int64_t i) const {
+    return anchor_delta_.get() + (w * wave_anchors_ + i) * delta_stride_;
+  }
+  Product* candidate_delta(int64_t w, int64_t j) const {
+    return candidate_delta_.get() + (w * p_.num_candidates + j) * delta_stride_;
+  }
+  Product* columns(int64_t w, int64_t d) const {
+    return columns_.get() + (w * p_.dim + d) * column_stride_;
+  }
+  double* anchor_along(int64_t w, int64_t k) const {
+    return anchor_along_.get() + (w * p_.num_dims + k) * wave_anchors_;
+  }
+  double* anchor_gamma(int64_t w) const { return anchor_gamma_.get() + w * wave_anchors_; }
+  double* candidate_along(int64_t w, int64_t k) const {
+    return candidate_along_.get() + (w * p_.num_dims + k) * p_.num_candidates;
+  }
+  double* candidate_gamma(int64_t w) const {
+    return candidate_gamma_.get() + w * p_.num_candidates;
+  }
+  Product* x(int64_t w, int64_t k, int64_t i) const {
+    return x_.get() + ((w * p_.num_dims + k) * wave_anchors_ + i) * column_stride_;
+  }
+  // (2, K, M): G times the anchors' inverse norms, and G C, summed over the anchors of a tile, or over all.
+  double* tile_sums(int64_t w, int64_t tile) const {
+    return tile_sums_.get() + (w * wave_tiles_ + tile) * 2 * sums_size();
+  }
+  double* sums(int64_t w) const { return sums_.get() + w * 2 * sums_size(); }
+
+  void run(const Wave& wave) const {
+    for_row_ranges(
+        wave.num_layers, wave.num_anchors, kCenterGrain,
+        [&](int64_t w, int64_t first, int64_t last) { center_anchors(wave, w, first, last); });
+    if (wave.first == 0) {
+      for_row_ranges(
+          wave.num_layers, p_.num_candidates, kCenterGrain,
+          [&](int64_t w, int64_t first, int64_t last) { center_candidates(wave, w, first, last); });
+    }
+    for_row_ranges(wave.num_layers, wave.num_anchors, tile_,
+                   [&](int64_t w, int64_t first, int64_t last) { anchors(wave, w, first, last); });
+    for_row_ranges(
+        wave.num_layers, p_.num_candidates, tile_,
+        [&](int64_t w, int64_t first, int64_t last) { candidates(wave, w, first, last); });
+  }
+
+  // -- center --
+
+  void center_anchors(const Wave& wave, int64_t w, int64_t first, int64_t last) const {
+    const Side<T> s = e_.anchors(wave.layers[w]);
+    for (int64_t i = first; i < last; ++i) {
+      anchor_gamma(w)[i] =
+          center(s, wave.first + i, anchor_delta(w, i), anchor_along(w, 0) + i, wave_anchors_);
     }
   }
 
-  // Calls body(begin, end, panel) for panels of E[begin:end, chunk k].
-  template <class Body>
-  void panels(const Side<T>& s, int64_t begin, int64_t end, int64_t k, const Body& body) const {
-    const int64_t width = chunk_size(k) * static_cast<int64_t>(sizeof(double));
-    const int64_t size = std::min(end - begin, std::max(kMinTile, kPanelBytes / width));
-    const Buffer<double> panel(size * chunk_size(k));
-    for (int64_t first = begin; first < end; first += size) {
-      const int64_t last = std::min(end, first + size);
-      load(s, first, last, k, panel.get());
-      body(first, last, matrix(panel.get(), last - first, chunk_size(k), chunk_size(k)));
+  void center_candidates(const Wave& wave, int64_t w, int64_t first, int64_t last) const {
+    const Side<T> s = e_.candidates(wave.layers[w]);
+    const Buffer<Product> unkept(rows_.wants_grad() ? 0 : kCenterGrain * delta_stride_);
+    Product* delta = rows_.wants_grad() ? candidate_delta(w, first) : unkept.get();
+    for (int64_t j = first; j < last; ++j) {
+      candidate_gamma(w)[j] = center(s, j, delta + (j - first) * delta_stride_,
+                                     candidate_along(w, 0) + j, p_.num_candidates);
+    }
+    const int64_t end = last == p_.num_candidates ? column_stride_ : last;
+    const int64_t width = p_.dims[e_.used_dims(s.layer) - 1];
+    for (int64_t d = 0; d < width; ++d) {
+      Product* column = columns(w, d) + first;
+      for (int64_t j = 0; j < last - first; ++j) column[j] = delta[j * delta_stride_ + d];
+      std::fill(column + (last - first), column + (end - first), Product(0));
     }
   }
 
-  // U (rows, cols) += E_a[chunk k] E_b[chunk k]^T
-  void add_products(const Side<T>& a, int64_t a_begin, int64_t a_end, const Side<T>& b,
-                    int64_t b_begin, int64_t b_end, int64_t k, double* u) const {
-    const int64_t rows = a_end - a_begin;
-    const int64_t cols = b_end - b_begin;
-    const Buffer<double> panel(rows * chunk_size(k));
-    load(a, a_begin, a_end, k, panel.get());
-    const at::Tensor left = matrix(panel.get(), rows, chunk_size(k), chunk_size(k));
-    panels(b, b_begin, b_end, k, [&](int64_t first, int64_t last, const at::Tensor& right) {
-      gemm(matrix(u + first - b_begin, rows, last - first, cols), left, right.t(), k > 0);
-    });
-  }
-
-  // -- 1. embed --
-
-  void embed(const EmbeddedRows<T>& rows) const {
-    at::parallel_for(0, p_.num_layers * rows.pooled.count, kRowGrain,
-                     [&](int64_t begin, int64_t end) {
-                       for (int64_t i = begin; i < end; ++i)
-                         embed_row(rows, i / rows.pooled.count, i % rows.pooled.count);
-                     });
-  }
-
-  void embed_row(const EmbeddedRows<T>& rows, int64_t l, int64_t r) const {
-    const T* pooled = rows.pooled.data + l * rows.pooled.layer_stride + r * p_.dim;
-    const double inverse =
-        p_.normalize ? clamped_inverse_norm(sum_of_squares(pooled, p_.dim)) : 1.0;
-    rows.full_inverse.get()[l * rows.pooled.count + r] = inverse;
-    double squared = 0;
-    for (int64_t k = 0; k < p_.num_dims; ++k) {
-      squared += sum_of_squares(pooled + chunk_begin(k), chunk_size(k));
-      rows.prefix_inverse.get()[(l * p_.num_dims + k) * rows.pooled.count + r] =
-          clamped_inverse_norm(squared * inverse * inverse);
+  // Row i: writes delta, and <c, u> of prefix k at along[k * stride]; returns gamma.
+  double center(const Side<T>& s, int64_t i, Product* delta, double* along, int64_t stride) const {
+    const double inverse = e_.full_inverse(s, i);
+    const T* x = e_.row(s, i);
+    double sum = 0;
+    double gamma = 1;
+    for (int64_t k = 0; k < e_.used_dims(s.layer); ++k) {
+      const int64_t begin = e_.chunk_begin(k);
+      sum += inverse * dot(e_.center(s.layer) + begin, x + begin, e_.chunk_size(k));
+      along[k * stride] = sum;
+      if (2 * sum < e_.center_squared(s.layer, k)) gamma = 0;
     }
+    const int64_t width = p_.dims[e_.used_dims(s.layer) - 1];
+    center_row(x, inverse, e_.center(s.layer), gamma, width, delta);
+    std::fill(delta + width, delta + delta_stride_, Product(0));
+    return gamma;
   }
 
-  // q = softmax(E[L-1] / tau) and its log-sum-exp.
-  void embed_teacher() const {
-    const Side<T> teacher = side(pooled_, p_.num_layers - 1, 0, p_.num_texts);
-    at::parallel_for(0, p_.num_texts, kRowGrain, [&](int64_t begin, int64_t end) {
-      const Buffer<double> p(p_.dim);
-      for (int64_t n = begin; n < end; ++n) {
-        const MaxSum z = softmax_numerators(
-            row(teacher, n), full_inverse(teacher, n) / p_.kl_temperature, p_.dim, p.get());
-        scale_row(p.get(), 1.0 / z.sum, p_.dim, teacher_.get() + n * p_.dim);
-        teacher_lse_.get()[n] = z.max + std::log(z.sum);
-      }
-    });
-  }
+  // -- anchors --
 
-  // -- 2. anchors --
-
-  void anchors(int64_t l, int64_t begin, int64_t end) const {
-    const Side<T> a = anchor_side(l);
-    const int64_t rows = end - begin;
-    const Buffer<double> grad(wants_grad_ ? rows * p_.dim : 0);
-    const Buffer<double> rowsum(wants_grad_ ? p_.num_dims * rows : 0);
-    if (has_cells(l)) anchor_cells(l, begin, end, rowsum.get(), grad.get());
-    for (int64_t i = 0; i < rows; ++i) {
-      finish_row(a, begin + i, has_cells(l), rowsum.get() + i, rows, grad.get() + i * p_.dim);
-    }
-  }
-
-  // The cross-entropies, rowsum (K, rows) = sum_j G C, and grad (rows, D) = X E[candidates].
-  void anchor_cells(int64_t l, int64_t begin, int64_t end, double* rowsum, double* grad) const {
-    const Side<T> a = anchor_side(l);
-    const Side<T> b = candidate_side(l);
-    const int64_t rows = end - begin;
-    const int64_t m = p_.num_candidates;
-    const bool keep = stored_ && wants_grad_;
-    const Buffer<double> u(rows * m);
-    const Buffer<double> scratch(keep ? 0 : wants_grad_ ? p_.num_dims * rows * m : m);
-    const Buffer<double> unused_colsum(wants_grad_ && !keep ? m : 0);
-    double* x = keep ? x_.get() + (l * p_.num_dims * p_.num_anchors + begin) * m : scratch.get();
-    const int64_t x_stride = keep ? p_.num_anchors * m : rows * m;
-
-    for (int64_t k = 0; k < p_.num_dims; ++k) {
-      add_products(a, begin, end, b, 0, m, k, u.get());
-      double* x_k = wants_grad_ ? x + k * x_stride : x;
-      double* colsum = keep ? tile_colsum(l, begin / anchor_tile_, k) : unused_colsum.get();
-      if (wants_grad_) std::fill_n(colsum, m, 0.0);
-      if (weight(l, k) == 0) {
-        if (wants_grad_) std::fill_n(x_k, rows * m, 0.0);
-        continue;
-      }
-      for (int64_t i = 0; i < rows; ++i) {
-        double* x_i = wants_grad_ ? x_k + i * m : x_k;
-        anchor_row(a, b, k, begin + i, u.get() + i * m, x_i);
-        if (wants_grad_) {
-          rowsum[k * rows + i] =
-              gradient_row(a, b, k, begin + i, 0, m, u.get() + i * m, x_i, colsum);
+  // Anchors [first, last) of the wave.
+  void anchors(const Wave& wave, int64_t w, int64_t first, int64_t last) const {
+    const int64_t l = wave.layers[w];
+    const int64_t rows = last - first;
+    const Buffer<Product> u(rows * column_stride_);
+    const Buffer<double> row_sums(grad_only(2 * p_.num_dims * rows));
+    const Buffer<double> scratch(std::max(2 * p_.num_candidates, rows_.scratch_size()));
+    if (rows_.wants_grad()) std::fill_n(tile_sums(w, first / tile_), 2 * sums_size(), 0.0);
+    for (int64_t k = 0; k < e_.used_dims(l); ++k) {
+      gemm<Product>({rows, p_.num_candidates, e_.chunk_size(k),
+                     anchor_delta(w, first) + e_.chunk_begin(k), delta_stride_, 1,
+                     columns(w, e_.chunk_begin(k)), column_stride_, u.get(), column_stride_,
+                     k > 0});
+      if (e_.weight(l, k) != 0) {
+        for (int64_t i = 0; i < rows; ++i) {
+          anchor_cell(wave, w, k, first + i, u.get() + i * column_stride_,
+                      row_sums.get() + k * rows + i, p_.num_dims * rows, scratch.get());
         }
+      } else if (rows_.wants_grad()) {
+        std::fill_n(x(w, k, first), rows * column_stride_, Product(0));
       }
     }
-    if (!wants_grad_) return;
-    suffix_sum(x, x_stride, rows * m);
-    for (int64_t k = 0; k < p_.num_dims; ++k) {
-      panels(b, 0, m, k, [&](int64_t first, int64_t last, const at::Tensor& right) {
-        gemm(matrix(grad + chunk_begin(k), rows, chunk_size(k), p_.dim),
-             matrix(x + k * x_stride + first, rows, last - first, m), right, first > 0);
-      });
+    suffix_sum(w, e_.used_dims(l), first, rows);
+    const Buffer<Product> own(kProductsApart ? grad_only(rows * delta_stride_) : 0);
+    const Products products = place_products(e_.anchors(l), wave.first + first, own.get());
+    anchor_products(w, l, first, rows, products);
+    for (int64_t i = 0; i < rows; ++i) {
+      const CellTerms<Product> terms{products.rows + i * products.stride, row_sums.get() + i,
+                                     row_sums.get() + p_.num_dims * rows + i, rows};
+      rows_.finish(e_.anchors(l), wave.first + first + i, &terms, scratch.get());
     }
   }
 
-  RowSoftmax& softmax(int64_t l, int64_t k, int64_t i) const {
-    return softmax_.get()[(l * p_.num_dims + k) * p_.num_anchors + i];
-  }
-
-  // Cross-entropy of anchor i in cell (l, k); leaves exp(S - max) in e.
-  void anchor_row(const Side<T>& a, const Side<T>& b, int64_t k, int64_t i, const double* u,
-                  double* e) const {
-    const double* ib = b.prefix_inverse + k * b.inverse_stride;
-    const double scale_ia = p_.scale * a.prefix_inverse[k * a.inverse_stride + i];
-    const int64_t target = p_.target_offset + i;
-    const double max = logits_to_exp(u, ib, scale_ia, p_.num_candidates, e);
+  // Cross-entropy of anchor i of the wave in cell (l, k), and its row of X. `products` holds <delta_i, delta_j>.
+  void anchor_cell(const Wave& wave, int64_t w, int64_t k, int64_t i, const Product* products,
+                   double* row_sums, int64_t cosines_offset, double* scratch) const {
+    const int64_t l = wave.layers[w];
+    const int64_t m = p_.num_candidates;
+    const int64_t anchor = wave.first + i;
+    const int64_t target = p_.target_offset + anchor;
+    const double ia = e_.prefix_inverse(e_.anchors(l), k)[anchor];
+    const double* ib = e_.prefix_inverse(e_.candidates(l), k);
+    double* s = scratch;
+    double* e = scratch + m;
+    const double gamma = anchor_gamma(w)[i];
+    const double along = anchor_along(w, k)[i] - gamma * e_.center_squared(l, k);
+    const double max = logits(products, gamma, along, candidate_gamma(w), candidate_along(w, k), ib,
+                              p_.scale * ia, m, s);
+    exponentials(s, max, m, e);
     const double at_target = e[target];
     e[target] = 0;
-    const double others = sum(e, p_.num_candidates);
-    const double gap = max - scale_ia * u[target] * ib[target];
-    cross_entropy_.get()[(a.layer * p_.num_dims + k) * p_.num_anchors + i] =
-        cross_entropy(others, at_target, gap);
-    softmax(a.layer, k, i) = {max, others, 1.0 / (others + at_target)};
-  }
-
-  // Anchor i against candidates [begin, end): exp(S - max) in x becomes X; colsum += G C; returns sum G C.
-  double gradient_row(const Side<T>& a, const Side<T>& b, int64_t k, int64_t i, int64_t begin,
-                      int64_t end, const double* u, double* x, double* colsum) const {
-    const RowSoftmax& s = softmax(a.layer, k, i);
-    const int64_t target = p_.target_offset + i;
-    if (begin <= target && target < end) x[target - begin] = -s.others;
+    const double others = sum(e, m);
+    cross_entropy_.get()[(l * p_.num_dims + k) * p_.num_anchors + anchor] =
+        m2d::cross_entropy(others, at_target, max - s[target]);
+    if (!rows_.wants_grad()) return;
+    // The probability of the target is never formed as 1 - p: in a saturated row that is all rounding error.
+    e[target] = -others;
     const double coefficient =
-        weight(a.layer, k) * p_.scale / static_cast<double>(p_.num_anchors) * s.inverse;
-    return exp_to_gradient(u, b.prefix_inverse + k * b.inverse_stride + begin,
-                           a.prefix_inverse[k * a.inverse_stride + i], coefficient, end - begin, x,
-                           colsum);
+        e_.weight(l, k) * p_.scale / static_cast<double>(p_.num_anchors) / (others + at_target);
+    double* weighted = tile_sums(w, i / tile_) + k * m;
+    const GradientSums of_row =
+        gradient_row(e, s, ia, gamma, ib, candidate_gamma(w), coefficient, 1.0 / p_.scale, m,
+                     x(w, k, i), weighted, weighted + sums_size());
+    row_sums[0] = of_row.weighted;
+    row_sums[cosines_offset] = of_row.cosines;
   }
 
   // X_c = sum_{k >= c} X_k, in place.
-  void suffix_sum(double* x, int64_t stride, int64_t size) const {
-    for (int64_t k = p_.num_dims - 2; k >= 0; --k)
-      add_scaled(x + (k + 1) * stride, 1.0, size, x + k * stride);
-  }
-
-  double* tile_colsum(int64_t l, int64_t tile, int64_t k) const {
-    return tile_colsum_.get() + ((l * anchor_tiles_ + tile) * p_.num_dims + k) * p_.num_candidates;
-  }
-
-  // -- 3. candidates --
-
-  void candidates(int64_t l, int64_t begin, int64_t end) const {
-    const Side<T> b = candidate_side(l);
-    const int64_t cols = end - begin;
-    const Buffer<double> grad(wants_grad_ ? cols * p_.dim : 0);
-    const Buffer<double> colsum(wants_grad_ ? p_.num_dims * cols : 0);
-    if (wants_grad_ && has_cells(l)) {
-      std::fill_n(colsum.get(), p_.num_dims * cols, 0.0);
-      if (stored_) {
-        stored_cells(l, begin, end, colsum.get(), grad.get());
-      } else {
-        for (int64_t first = 0; first < p_.num_anchors; first += anchor_tile_) {
-          recomputed_cells(l, begin, end, first, std::min(p_.num_anchors, first + anchor_tile_),
-                           colsum.get(), grad.get());
-        }
-      }
-    }
-    for (int64_t j = 0; j < cols; ++j) {
-      finish_row(b, begin + j, has_cells(l), colsum.get() + j, cols, grad.get() + j * p_.dim);
+  void suffix_sum(int64_t w, int64_t used, int64_t first, int64_t rows) const {
+    if (!rows_.wants_grad()) return;
+    for (int64_t k = used - 2; k >= 0; --k) {
+      for (int64_t i = first; i < first + rows; ++i)
+        add(x(w, k + 1, i), p_.num_candidates, x(w, k, i));
     }
   }
 
-  // colsum (K, cols) += sum_i G C, and grad (cols, D) = X^T E[anchors], from the X that stage 2 left.
-  void stored_cells(int64_t l, int64_t begin, int64_t end, double* colsum, double* grad) const {
+  // X delta, chunk by chunk.
+  void anchor_products(int64_t w, int64_t l, int64_t first, int64_t rows,
+                       const Products& out) const {
+    if (!rows_.wants_grad()) return;
+    for (int64_t k = 0; k < e_.used_dims(l); ++k) {
+      const int64_t begin = e_.chunk_begin(k);
+      gemm<Product>({rows, e_.chunk_size(k), p_.num_candidates, x(w, k, first), column_stride_, 1,
+                     candidate_delta(w, 0) + begin, delta_stride_, out.rows + begin, out.stride,
+                     false});
+    }
+  }
+
+  // -- candidates --
+
+  void candidates(const Wave& wave, int64_t w, int64_t first, int64_t last) const {
+    const Side<T> s = e_.candidates(wave.layers[w]);
+    const Products products = place_products(s, first, candidate_products(w, first));
+    if (rows_.wants_grad()) collect_tiles(wave, w, s.layer, first, last, products);
+    if (wave.first + wave.num_anchors < p_.num_anchors) return;
+    const Buffer<double> scratch(rows_.scratch_size());
+    for (int64_t j = first; j < last; ++j) {
+      const CellTerms<Product> terms{products.rows + (j - first) * products.stride, sums(w) + j,
+                                     sums(w) + sums_size() + j, p_.num_candidates};
+      rows_.finish(s, j, &terms, scratch.get());
+    }
+  }
+
+  // X^T delta, chunk by chunk, and the sums of all tiles.
+  void collect_tiles(const Wave& wave, int64_t w, int64_t l, int64_t first, int64_t last,
+                     const Products& out) const {
     const int64_t m = p_.num_candidates;
-    const int64_t cols = end - begin;
-    for (int64_t k = 0; k < p_.num_dims; ++k) {
-      const double* x = x_.get() + (l * p_.num_dims + k) * p_.num_anchors * m + begin;
-      panels(anchor_side(l), 0, p_.num_anchors, k,
-             [&](int64_t first, int64_t last, const at::Tensor& right) {
-               gemm(matrix(grad + chunk_begin(k), cols, chunk_size(k), p_.dim),
-                    matrix(x + first * m, last - first, cols, m).t(), right, first > 0);
-             });
-      for (int64_t tile = 0; tile < anchor_tiles_; ++tile) {
-        add_scaled(tile_colsum(l, tile, k) + begin, 1.0, cols, colsum + k * cols);
-      }
+    for (int64_t k = 0; k < e_.used_dims(l); ++k) {
+      const int64_t begin = e_.chunk_begin(k);
+      gemm<Product>({last - first, e_.chunk_size(k), wave.num_anchors, x(w, k, 0) + first, 1,
+                     column_stride_, anchor_delta(w, 0) + begin, delta_stride_, out.rows + begin,
+                     out.stride, wave.first > 0});
+    }
+    for (int64_t part = 0; part < 2 * p_.num_dims; ++part) {
+      double* total = sums(w) + part * m;
+      if (wave.first == 0) std::fill(total + first, total + last, 0.0);
+      for (int64_t tile = 0; tile < ceil_div(wave.num_anchors, tile_); ++tile)
+        add(tile_sums(w, tile) + part * m + first, last - first, total + first);
     }
   }
 
-  // The part of anchors [first, last) in both, from their row softmaxes.
-  void recomputed_cells(int64_t l, int64_t begin, int64_t end, int64_t first, int64_t last,
-                        double* colsum, double* grad) const {
-    const Side<T> a = anchor_side(l);
-    const Side<T> b = candidate_side(l);
-    const int64_t rows = last - first;
-    const int64_t cols = end - begin;
-    const Buffer<double> u(rows * cols);
-    const Buffer<double> x(p_.num_dims * rows * cols);
-    for (int64_t k = 0; k < p_.num_dims; ++k) {
-      add_products(a, first, last, b, begin, end, k, u.get());
-      double* x_k = x.get() + k * rows * cols;
-      if (weight(l, k) == 0) {
-        std::fill_n(x_k, rows * cols, 0.0);
-        continue;
-      }
-      for (int64_t i = 0; i < rows; ++i) {
-        const double scale_ia = p_.scale * a.prefix_inverse[k * a.inverse_stride + first + i];
-        logits_to_exp_at(u.get() + i * cols, b.prefix_inverse + k * b.inverse_stride + begin,
-                         scale_ia, softmax(l, k, first + i).max, cols, x_k + i * cols);
-        gradient_row(a, b, k, first + i, begin, end, u.get() + i * cols, x_k + i * cols,
-                     colsum + k * cols);
-      }
+  const Embeddings<T>& e_;
+  const LossParams<T>& p_;
+  const RowGradient<T>& rows_;
+  const std::vector<int64_t>& layers_;
+  const int64_t tile_;
+  const int64_t delta_stride_, column_stride_;
+  const int64_t wave_layers_, wave_anchors_, wave_tiles_;  // W, A
+  const Buffer<Product> anchor_delta_;                     // (W, A, delta_stride)
+  const Buffer<double> anchor_along_;                      // <c, u_k> (W, K, A)
+  const Buffer<double> anchor_gamma_;                      // (W, A)
+  const Buffer<Product> candidate_delta_;                  // (W, M, delta_stride)
+  const Buffer<Product> candidate_products_;  // (W, M, delta_stride), kProductsApart only
+  const Buffer<double> candidate_along_;      // <c, u_k> (W, K, M)
+  const Buffer<double> candidate_gamma_;      // (W, M)
+  const Buffer<Product> columns_;             // delta^T (W, D, column_stride)
+  const Buffer<Product> x_;                   // suffix sums of X (W, K, A, column_stride)
+  const Buffer<double> tile_sums_;            // (W, tiles, 2, K, M)
+  const Buffer<double> sums_;                 // (W, 2, K, M)
+  const Buffer<double> cross_entropy_;        // (L, K, B)
+};
+
+// Rows that meet no other: all of a layer without cells, and own candidates where others were gathered.
+template <class T>
+void finish_rows_outside_cells(const Embeddings<T>& e, const RowGradient<T>& rows) {
+  const LossParams<T>& p = e.params();
+  at::parallel_for(0, p.num_layers * p.num_texts, 16, [&](int64_t begin, int64_t end) {
+    const Buffer<double> scratch(rows.scratch_size());
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t l = i / p.num_texts;
+      const int64_t n = i % p.num_texts;
+      if (e.used_dims(l) == 0 || (p.gathered && n >= p.num_anchors))
+        rows.template finish<T>(e.texts(l), n, nullptr, scratch.get());
     }
-    suffix_sum(x.get(), rows * cols, rows * cols);
-    for (int64_t k = 0; k < p_.num_dims; ++k) {
-      panels(a, first, last, k, [&](int64_t from, int64_t to, const at::Tensor& right) {
-        gemm(matrix(grad + chunk_begin(k), cols, chunk_size(k), p_.dim),
-             matrix(x.get() + (k * rows + from - first) * cols, to - from, cols, cols).t(), right,
-             from > 0);
-      });
-    }
-  }
+  });
+}
 
-  // With gathered candidates the rows after the anchors only meet the KL.
-  void own_candidates(int64_t l, int64_t begin, int64_t end) const {
-    const Side<T> own = side(pooled_, l, p_.num_anchors, p_.num_texts - p_.num_anchors);
-    const Buffer<double> grad(wants_grad_ ? p_.dim : 0);
-    for (int64_t i = begin; i < end; ++i) finish_row(own, i, false, nullptr, 0, grad.get());
-  }
+double mean(const double* x, int64_t n) {
+  double total = 0;
+  for (int64_t i = 0; i < n; ++i) total += x[i];
+  return total / static_cast<double>(n);
+}
 
-  // -- a row's end: norm terms, KL, the Jacobian of Normalize --
-
-  // grad: X E' of this row (in, where the row is in a cell), scratch after; sums[k * stride] = sum G C.
-  void finish_row(const Side<T>& s, int64_t i, bool in_cells, const double* sums, int64_t stride,
-                  double* grad) const {
-    if (wants_grad_) {
-      const int64_t reached = in_cells ? p_.dims[p_.num_dims - 1] : 0;
-      std::fill(grad + reached, grad + p_.dim, 0.0);
-      if (in_cells) subtract_norm_terms(s, i, sums, stride, grad);
-    }
-    if (&s.rows == &pooled_ && p_.kl_weights[s.layer] != 0) add_kl(s, i, grad);
-    if (wants_grad_) store(s, i, grad);
-  }
-
-  // dE[chunk c] -= r_c E[chunk c], r_c = sum_{k >= c} inv_k^2 sums[k].
-  void subtract_norm_terms(const Side<T>& s, int64_t i, const double* sums, int64_t stride,
-                           double* grad) const {
-    const Buffer<double> e(p_.dims[p_.num_dims - 1]);
-    double suffix = 0;
-    for (int64_t k = p_.num_dims - 1; k >= 0; --k) {
-      const double inverse = s.prefix_inverse[k * s.inverse_stride + i];
-      if (weight(s.layer, k) != 0 && !is_clamped(inverse))
-        suffix += inverse * inverse * sums[k * stride];
-      load(s, i, i + 1, k, e.get());
-      add_scaled(e.get(), -suffix, chunk_size(k), grad + chunk_begin(k));
-    }
-  }
-
-  // KL of one row, and dE += V / (N tau) (softmax(E / tau) - q).
-  void add_kl(const Side<T>& s, int64_t i, double* grad) const {
-    const int64_t n = s.first + i;
-    const double factor = full_inverse(s, i) / p_.kl_temperature;
-    const T* q = teacher_.get() + n * p_.dim;
-    const Side<T> teacher = side(pooled_, p_.num_layers - 1, 0, p_.num_texts);
-    const Buffer<double> p(p_.dim);
-    const MaxSum z = softmax_numerators(row(s, i), factor, p_.dim, p.get());
-    const double gap =
-        expected_gap(q, row(teacher, n), full_inverse(teacher, n) / p_.kl_temperature, row(s, i),
-                     factor, p_.dim);
-    kl_rows_.get()[s.layer * p_.num_texts + n] =
-        kl_divergence(gap, teacher_lse_.get()[n], z.max + std::log(z.sum));
-    if (wants_grad_) {
-      const double coefficient =
-          p_.kl_weights[s.layer] / (static_cast<double>(p_.num_texts) * p_.kl_temperature);
-      add_kl_gradient(p.get(), 1.0 / z.sum, q, coefficient, p_.dim, grad);
-    }
-  }
-
-  // dP = (dE - <E, dE> E) / |P|; where the norm is clamped E = P / eps, and only the factor remains.
-  void store(const Side<T>& s, int64_t i, const double* grad) const {
-    const double inverse = full_inverse(s, i);
-    double along = 0;
-    if (p_.normalize && !is_clamped(inverse)) {
-      const Buffer<double> e(p_.dim);
-      scale_row(row(s, i), inverse, p_.dim, e.get());
-      along = dot(e.get(), grad, p_.dim) * inverse;
-    }
-    store_gradient(grad, row(s, i), along, inverse, p_.dim,
-                   s.rows.grad.data + s.layer * s.rows.grad.layer_stride + (s.first + i) * p_.dim);
-  }
-
-  // -- 4. reduce --
-
-  static double mean(const double* x, int64_t n) {
-    double total = 0;
-    for (int64_t i = 0; i < n; ++i) total += x[i];
-    return total / static_cast<double>(n);
-  }
-
-  void reduce() const {
-    constexpr double kNotComputed = std::numeric_limits<double>::quiet_NaN();
-    double loss = 0;
-    for (int64_t cell = 0; cell < cells(); ++cell) {
-      const double w = p_.weights[cell];
-      const double ce = w == 0 ? kNotComputed
-                               : mean(cross_entropy_.get() + cell * p_.num_anchors, p_.num_anchors);
-      p_.cells[cell] = static_cast<T>(ce);
+template <class T, class Product>
+void reduce(const LossParams<T>& p, const Cells<T, Product>& cells, const RowGradient<T>& rows) {
+  constexpr double kNotComputed = std::numeric_limits<double>::quiet_NaN();
+  double loss = 0;
+  for (int64_t l = 0; l < p.num_layers; ++l) {
+    for (int64_t k = 0; k < p.num_dims; ++k) {
+      const double w = p.weights[l * p.num_dims + k];
+      const double ce = w == 0 ? kNotComputed : mean(cells.cross_entropy(l, k), p.num_anchors);
+      p.cells[l * p.num_dims + k] = static_cast<T>(ce);
       if (w != 0) loss += w * ce;
     }
-    for (int64_t l = 0; l < p_.num_layers; ++l) {
-      const double v = p_.kl_weights[l];
-      const double kl =
-          v == 0 ? kNotComputed : mean(kl_rows_.get() + l * p_.num_texts, p_.num_texts);
-      p_.kl[l] = static_cast<T>(kl);
-      if (v != 0) loss += v * kl;
-    }
-    *p_.loss = static_cast<T>(loss);
+    const double v = p.kl_weights[l];
+    const double kl = v == 0 ? kNotComputed : mean(rows.kl(l), p.num_texts);
+    p.kl[l] = static_cast<T>(kl);
+    if (v != 0) loss += v * kl;
   }
+  *p.loss = static_cast<T>(loss);
+}
 
-  const LossParams<T>& p_;
-  const bool wants_grad_;
-  const bool has_kl_;
-  const EmbeddedRows<T> pooled_, gathered_;
-  const bool stored_;  // X is kept from the anchors' stage to the candidates'
-  const int64_t anchor_tile_, candidate_tile_, anchor_tiles_;
-  const Buffer<double> x_;              // (L, K, B, M) suffix sums, stored only
-  const Buffer<double> tile_colsum_;    // (L, tiles, K, M), stored only
-  const Buffer<RowSoftmax> softmax_;    // (L, K, B)
-  const Buffer<double> cross_entropy_;  // (L, K, B)
-  const Buffer<T> teacher_;             // q (N, D)
-  const Buffer<double> teacher_lse_;    // (N,)
-  const Buffer<double> kl_rows_;        // (L, N)
-};
+template <class T, class Product>
+void run(const LossParams<T>& params) {
+  const Embeddings<T> embeddings(params);
+  const RowGradient<T> rows(embeddings);
+  std::vector<int64_t> layers;
+  for (int64_t l = 0; l < params.num_layers; ++l) {
+    if (embeddings.used_dims(l) > 0) layers.push_back(l);
+  }
+  Cells<T, Product> cells(embeddings, rows, layers);
+  cells.run();
+  finish_rows_outside_cells(embeddings, rows);
+  reduce(params, cells, rows);
+}
 
 }  // namespace
 
-template <class T>
-void loss(const LossParams<T>& params) {
-  LossKernel<T>(params).run();
+// A prefix of very few dimensions can be thousands of times shorter than its row, and magnifies each rounding.
+constexpr int64_t kFewDims = 8;
+
+template <>
+void loss(const LossParams<float>& params) {
+  params.dims[0] < kFewDims ? run<float, double>(params) : run<float, float>(params);
 }
 
-template void loss<float>(const LossParams<float>&);
-template void loss<double>(const LossParams<double>&);
+template <>
+void loss(const LossParams<double>& params) {
+  run<double, double>(params);
+}
 
 }  // namespace m2d::cpu

@@ -3,6 +3,12 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cstring>
+#include <vector>
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 #if defined(__linux__)
 #include <sys/mman.h>
 #include <unistd.h>
@@ -10,16 +16,53 @@
 
 namespace m2d::cpu {
 
+constexpr size_t kHugePagesFrom = 4 << 20;  // two huge pages of 2 MiB
+constexpr size_t kStreamFrom =
+    32 << 20;  // what a last-level cache would still hold when it is read again
+
 // Ask for huge pages under a large new tensor. The allocator maps it afresh, and with 4 KiB pages the faults
 // of the first write cost several times the write itself. Advice only: refused or ignored, nothing changes.
 inline void advise_huge_pages(const at::Tensor& tensor) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr size_t kWorthIt = 4 << 20;  // two huge pages of 2 MiB
-  if (tensor.nbytes() < kWorthIt) return;
+  if (tensor.nbytes() < kHugePagesFrom) return;
   const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
   const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.data_ptr()) & ~(page - 1);
   const uintptr_t end = reinterpret_cast<uintptr_t>(tensor.data_ptr()) + tensor.nbytes();
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+// Whether rows of `row_bytes` in these tensors, all written by one call, should bypass the caches: a usual store
+// first reads the line it overwrites. Not in small pages, where the kernel's zeros are still in the cache.
+inline bool should_stream(const std::vector<at::Tensor>& tensors, size_t row_bytes) {
+#if defined(__SSE2__)
+  size_t total = 0;
+  for (const at::Tensor& tensor : tensors) {
+    if (tensor.nbytes() < kHugePagesFrom) return false;
+    if (reinterpret_cast<uintptr_t>(tensor.data_ptr()) % sizeof(__m128i) != 0) return false;
+    total += tensor.nbytes();
+  }
+  return row_bytes % sizeof(__m128i) == 0 && total >= kStreamFrom;
+#else
+  return false;
+#endif
+}
+
+// memcpy past the caches; both ends and the size are multiples of 16 bytes. Other threads see it after end_streams().
+inline void stream_copy(void* to, const void* from, size_t bytes) {
+#if defined(__SSE2__)
+  const __m128i* source = static_cast<const __m128i*>(from);
+  __m128i* target = static_cast<__m128i*>(to);
+  for (size_t i = 0; i < bytes / sizeof(__m128i); ++i)
+    _mm_stream_si128(target + i, _mm_loadu_si128(source + i));
+#else
+  std::memcpy(to, from, bytes);
+#endif
+}
+
+inline void end_streams() {
+#if defined(__SSE2__)
+  _mm_sfence();
 #endif
 }
 

@@ -6,38 +6,65 @@
 #include <c10/util/Half.h>
 
 #include <algorithm>
+#include <cstring>
+#include <vector>
 
 #include "kernels.h"
+#include "memory.h"
 #include "simd.h"
 
 namespace m2d::cpu {
 namespace {
 
-// Token-outer, dimension-inner: the row of sums stays in the first-level cache.
+// Token-outer, dimension-inner: the row of sums stays in the first-level cache, and four tokens at a time meet it.
 template <class Scalar, class Acc>
 M2D_MULTIVERSION void pool_text(const Scalar* __restrict tokens, int64_t token_stride,
                                 const Acc* __restrict coefficients, int64_t num_tokens, int64_t dim,
                                 Acc* __restrict pooled) {
+  constexpr int64_t kTogether = 4;
   for (int64_t d = 0; d < dim; ++d) pooled[d] = Acc(0);
+  const Scalar* rows[kTogether];
+  Acc a[kTogether];
+  int64_t waiting = 0;
   for (int64_t t = 0; t < num_tokens; ++t) {
-    const Acc a = coefficients[t];
-    if (a == Acc(0)) continue;
-    const Scalar* __restrict token = tokens + t * token_stride;
-    for (int64_t d = 0; d < dim; ++d) pooled[d] += a * static_cast<Acc>(token[d]);
+    if (coefficients[t] == Acc(0)) continue;
+    rows[waiting] = tokens + t * token_stride;
+    a[waiting] = coefficients[t];
+    if (++waiting < kTogether) continue;
+    waiting = 0;
+    for (int64_t d = 0; d < dim; ++d) {
+      pooled[d] += (a[0] * static_cast<Acc>(rows[0][d]) + a[1] * static_cast<Acc>(rows[1][d])) +
+                   (a[2] * static_cast<Acc>(rows[2][d]) + a[3] * static_cast<Acc>(rows[3][d]));
+    }
+  }
+  for (int64_t i = 0; i < waiting; ++i) {
+    for (int64_t d = 0; d < dim; ++d) pooled[d] += a[i] * static_cast<Acc>(rows[i][d]);
   }
 }
 
 template <class Scalar, class Acc>
-M2D_MULTIVERSION void scatter_text(const Acc* __restrict pooled_grad, Acc grad_output,
-                                   const Acc* __restrict coefficients, int64_t num_tokens,
-                                   int64_t dim, Scalar* __restrict tokens) {
+M2D_MULTIVERSION void scale_row(const Acc* __restrict x, Acc factor, int64_t dim,
+                                Scalar* __restrict out) {
+  for (int64_t d = 0; d < dim; ++d) out[d] = static_cast<Scalar>(factor * x[d]);
+}
+
+// The gradient of one text. Most poolings give all its tokens the same row, formed once in `rows`, which holds
+// two: that row and zeros.
+template <class Scalar, class Acc>
+void scatter_text(const Acc* pooled_grad, Acc grad_output, const Acc* coefficients,
+                  int64_t num_tokens, int64_t dim, Scalar* rows, bool stream, Scalar* tokens) {
+  Acc formed = Acc(0);
   for (int64_t t = 0; t < num_tokens; ++t) {
-    Scalar* __restrict token = tokens + t * dim;
-    const Acc factor = grad_output * coefficients[t];
-    if (coefficients[t] == Acc(0)) {
-      for (int64_t d = 0; d < dim; ++d) token[d] = Scalar(0);
+    const Acc a = coefficients[t];
+    if (a != Acc(0) && a != formed) {
+      scale_row(pooled_grad, grad_output * a, dim, rows);
+      formed = a;
+    }
+    const Scalar* row = a == Acc(0) ? rows + dim : rows;
+    if (stream) {
+      stream_copy(tokens + t * dim, row, dim * sizeof(Scalar));
     } else {
-      for (int64_t d = 0; d < dim; ++d) token[d] = static_cast<Scalar>(factor * pooled_grad[d]);
+      std::memcpy(static_cast<void*>(tokens + t * dim), row, dim * sizeof(Scalar));
     }
   }
 }
@@ -105,14 +132,17 @@ void pool(const PoolParams& p) {
 
 template <class Scalar, class Acc>
 void pool_backward(const PoolParams& p, const Acc* pooled_grad, const int64_t* layers,
-                   Acc grad_output) {
+                   Acc grad_output, bool stream) {
   for_each_text(p, [&](int64_t layer, int64_t b, int64_t text) {
     const TokenBlock& block = p.blocks[b];
     const StateView& state = p.states[layer * p.num_blocks + b];
     const TokenSpan span = token_span(block, text);
+    std::vector<Scalar> rows(2 * p.dim);
     scatter_text(pooled_grad + (layers[layer] * p.num_texts + block.first_text + text) * p.dim,
                  grad_output, static_cast<const Acc*>(block.coefficients) + span.first, span.count,
-                 p.dim, static_cast<Scalar*>(state.data) + state_offset(block, state, text));
+                 p.dim, rows.data(), stream,
+                 static_cast<Scalar*>(state.data) + state_offset(block, state, text));
+    if (stream) end_streams();
   });
 }
 
@@ -142,11 +172,12 @@ void pool_max_backward(const PoolParams& p, const Acc* pooled_grad, const int32_
   });
 }
 
-#define M2D_INSTANTIATE(Scalar, Acc)                                                            \
-  template void pool<Scalar, Acc>(const PoolParams&);                                           \
-  template void pool_backward<Scalar, Acc>(const PoolParams&, const Acc*, const int64_t*, Acc); \
-  template void pool_max<Scalar, Acc>(const PoolParams&, int32_t*);                             \
-  template void pool_max_backward<Scalar, Acc>(const PoolParams&, const Acc*, const int32_t*,   \
+#define M2D_INSTANTIATE(Scalar, Acc)                                                           \
+  template void pool<Scalar, Acc>(const PoolParams&);                                          \
+  template void pool_backward<Scalar, Acc>(const PoolParams&, const Acc*, const int64_t*, Acc, \
+                                           bool);                                              \
+  template void pool_max<Scalar, Acc>(const PoolParams&, int32_t*);                            \
+  template void pool_max_backward<Scalar, Acc>(const PoolParams&, const Acc*, const int32_t*,  \
                                                const int64_t*);
 M2D_INSTANTIATE(double, double)
 M2D_INSTANTIATE(float, float)

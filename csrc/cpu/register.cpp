@@ -56,10 +56,12 @@ std::vector<Tensor> pool_backward_op(const Tensor& pooled_grad,
   const Tensor rows = pooled_grad.contiguous();
   GradProblem problem = allocate_grads(rows, layers, coefficients, cu_seqlens, dtype);
   const double factor = grad_output.has_value() ? grad_output->item<double>() : 1.0;
+  const bool stream =
+      should_stream(problem.grads, problem.pool.params.dim * c10::elementSize(dtype));
   dispatch_states(dtype, [&](auto scalar, auto acc) {
     using Acc = decltype(acc);
     pool_backward<decltype(scalar), Acc>(problem.pool.params, rows.const_data_ptr<Acc>(),
-                                         layers.data(), static_cast<Acc>(factor));
+                                         layers.data(), static_cast<Acc>(factor), stream);
   });
   return std::move(problem.grads);
 }
