@@ -165,20 +165,28 @@ class Embeddings {
 
   // Any center is right; the mean of some rows is near all of them where they are nearly parallel.
   void compute_centers() const {
-    const int64_t samples = std::min(p_.num_texts, kCenterSamples);
     at::parallel_for(0, p_.num_layers, 1, [&](int64_t begin, int64_t end) {
       for (int64_t l = begin; l < end; ++l) {
         double* center = centers_.get() + l * p_.dim;
-        double* squared = center_squared_.get() + l * p_.num_dims;
-        std::fill_n(center, p_.dim, 0.0);
-        for (int64_t i = 0; i < samples; ++i) {
-          const int64_t n = i * p_.num_texts / samples;
-          add_scaled(row(texts(l), n), full_inverse(texts(l), n) / static_cast<double>(samples),
-                     p_.dim, center);
-        }
-        for (int64_t k = 0; k < p_.num_dims; ++k) squared[k] = sum_of_squares(center, p_.dims[k]);
+        add_samples(texts(l), center);
+        for (int64_t k = 0; k < p_.num_dims; ++k)
+          center_squared_.get()[l * p_.num_dims + k] = sum_of_squares(center, p_.dims[k]);
       }
     });
+  }
+
+  // The mean of u over evenly spaced rows that have a direction; 0 where none has.
+  void add_samples(const Side<T>& s, double* center) const {
+    std::fill_n(center, p_.dim, 0.0);
+    const int64_t samples = std::min(s.count, kCenterSamples);
+    int64_t counted = 0;
+    for (int64_t i = 0; i < samples; ++i) {
+      const int64_t n = i * s.count / samples;
+      if (is_clamped(full_inverse(s, n))) continue;
+      add_scaled(row(s, n), full_inverse(s, n), p_.dim, center);
+      ++counted;
+    }
+    if (counted > 0) scale_in_place(1.0 / static_cast<double>(counted), p_.dim, center);
   }
 
   const LossParams<T>& p_;

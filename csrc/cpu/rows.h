@@ -45,6 +45,10 @@ M2D_MULTIVERSION void scale(const T* __restrict x, double factor, int64_t n, Out
   for (int64_t i = 0; i < n; ++i) out[i] = static_cast<Out>(factor * static_cast<double>(x[i]));
 }
 
+M2D_MULTIVERSION inline void scale_in_place(double factor, int64_t n, double* __restrict x) {
+  for (int64_t i = 0; i < n; ++i) x[i] *= factor;
+}
+
 // out = inverse x - gamma center
 template <class T, class Out>
 M2D_MULTIVERSION void center_row(const T* __restrict x, double inverse,
