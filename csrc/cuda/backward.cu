@@ -1,0 +1,189 @@
+// Hidden-state gradients of all layers in one launch. Bound by the bytes it writes: each row is formed in registers
+// and streamed out, padding included.
+#include <algorithm>
+
+#include "launch.h"
+#include "tokens.cuh"
+
+namespace m2d::cuda {
+namespace {
+
+constexpr int kThreadsOfBlock = 256;
+constexpr int kTokensPerItem = 32;  // consecutive tokens of one text
+constexpr int kMaxItemsPerText = 8;
+constexpr int kMaxBlocksOfGrid = 1 << 16;
+
+struct ScatterArgs {
+  DeviceTokens tokens;                            // the gradients to write
+  const float* pooled_grad;                       // (L, N, D)
+  const float* grad_output;                       // scalar; nullptr: 1
+  const void* incoming[kMaxLayers * kMaxBlocks];  // kAdd only; strides of the tokens
+  int16_t layers[kMaxLayers];                     // of pooled_grad
+  int items_per_text;
+};
+
+// The tokens of item i: runs of kTokensPerItem, taken in turn by the items of the text.
+M2D_DEVICE int64_t first_token(const ScatterArgs& p, int64_t item) {
+  return item % p.items_per_text * kTokensPerItem;
+}
+M2D_DEVICE int64_t next_token(const ScatterArgs& p, int64_t token) {
+  const bool run_ends = (token + 1) % kTokensPerItem == 0;
+  return token + 1 + (run_ends ? (p.items_per_text - 1) * kTokensPerItem : 0);
+}
+
+// One element, or one vector, of each token's row per thread.
+template <class Scalar, bool kVectors, bool kAdd>
+__global__ void __launch_bounds__(kThreadsOfBlock)
+    scatter_kernel(const __grid_constant__ ScatterArgs p) {
+  constexpr int kCount = kVectors ? RowVector<Scalar>::kCount : 1;
+  const DeviceTokens& tokens = p.tokens;
+  const float g = p.grad_output == nullptr ? 1.0f : *p.grad_output;
+  const int64_t texts = static_cast<int64_t>(tokens.num_layers) * tokens.num_texts;
+  for (int64_t i = blockIdx.x; i < texts * p.items_per_text; i += gridDim.x) {
+    const int64_t item = i / p.items_per_text;
+    const int layer = static_cast<int>(item / tokens.num_texts);
+    const int index = static_cast<int>(item % tokens.num_texts);
+    const Text<Scalar> text = find_text<Scalar>(tokens, layer, index);
+    const float* row =
+        p.pooled_grad +
+        (static_cast<int64_t>(p.layers[layer]) * tokens.num_texts + index) * tokens.dim;
+    const Scalar* added = nullptr;
+    if constexpr (kAdd) {
+      int b = 0;
+      while (index >= tokens.blocks[b].first_text + tokens.blocks[b].num_texts) ++b;
+      const int place = layer * tokens.num_blocks + b;
+      added = static_cast<const Scalar*>(p.incoming[place]) +
+              (text.tokens - static_cast<Scalar*>(tokens.states[place]));
+    }
+    for (int d = threadIdx.x * kCount; d < tokens.dim; d += kThreadsOfBlock * kCount) {
+      float x[kCount];
+#pragma unroll
+      for (int e = 0; e < kCount; ++e) x[e] = g * row[d + e];
+      for (int64_t t = first_token(p, i); t < text.count; t = next_token(p, t)) {
+        // A coefficient of 0 writes 0, whatever the row holds.
+        const float a = text.coefficients[t];
+        const int64_t place = t * text.token_stride + d;
+        if constexpr (kVectors) {
+          RowVector<Scalar> out;
+          if constexpr (kAdd)
+            out.bits = load_streaming(reinterpret_cast<const uint4*>(added + place));
+#pragma unroll
+          for (int e = 0; e < kCount; ++e) {
+            const float before = kAdd ? to_float(out.elements[e]) : 0.0f;
+            out.elements[e] = from_float<Scalar>(a == 0.0f ? before : before + a * x[e]);
+          }
+          store_streaming(reinterpret_cast<uint4*>(text.tokens + place), out.bits);
+        } else {
+          const float before = kAdd ? to_float(added[place]) : 0.0f;
+          text.tokens[place] = from_float<Scalar>(a == 0.0f ? before : before + a * x[0]);
+        }
+      }
+    }
+  }
+}
+
+// The maximum's token gets the gradient, the others 0; a thread per column.
+template <class Scalar>
+__global__ void __launch_bounds__(kThreadsOfBlock)
+    scatter_max_kernel(const __grid_constant__ ScatterArgs p, const int32_t* indices) {
+  const DeviceTokens& tokens = p.tokens;
+  const int64_t texts = static_cast<int64_t>(tokens.num_layers) * tokens.num_texts;
+  for (int64_t i = blockIdx.x; i < texts; i += gridDim.x) {
+    const int layer = static_cast<int>(i / tokens.num_texts);
+    const int index = static_cast<int>(i % tokens.num_texts);
+    const Text<Scalar> text = find_text<Scalar>(tokens, layer, index);
+    const int64_t row =
+        (static_cast<int64_t>(p.layers[layer]) * tokens.num_texts + index) * tokens.dim;
+    for (int d = threadIdx.x; d < tokens.dim; d += kThreadsOfBlock) {
+      const Scalar value = from_float<Scalar>(p.pooled_grad[row + d]);
+      const int64_t chosen = indices[row + d];
+      for (int64_t t = 0; t < text.count; ++t)
+        text.tokens[t * text.token_stride + d] = t == chosen ? value : from_float<Scalar>(0.0f);
+    }
+  }
+}
+
+ScatterArgs scatter_args(const PoolParams& params, const float* pooled_grad, const int64_t* layers,
+                         const float* grad_output) {
+  ScatterArgs args{};
+  args.tokens = device_tokens(params);
+  args.pooled_grad = pooled_grad;
+  args.grad_output = grad_output;
+  for (int64_t l = 0; l < params.num_layers; ++l) args.layers[l] = static_cast<int16_t>(layers[l]);
+  // Of a packed text only the sum of all lengths is known on the host.
+  int64_t longest = 1;
+  for (int64_t b = 0; b < params.num_blocks; ++b)
+    longest = std::max(longest, params.blocks[b].num_tokens);
+  args.items_per_text = static_cast<int>(
+      std::min<int64_t>((longest + kTokensPerItem - 1) / kTokensPerItem, kMaxItemsPerText));
+  return args;
+}
+
+Launch scatter_launch(int64_t items, cudaStream_t stream) {
+  const int64_t blocks = std::clamp<int64_t>(items, 1, kMaxBlocksOfGrid);
+  return {dim3(static_cast<unsigned>(blocks)), dim3(kThreadsOfBlock), stream, false};
+}
+
+template <class Scalar, bool kAdd>
+cudaError_t launch_scatter(const PoolParams& params, const ScatterArgs& args, bool vectors,
+                           cudaStream_t stream) {
+  const Launch config =
+      scatter_launch(params.num_layers * params.num_texts * args.items_per_text, stream);
+  return vectors ? launch(config, scatter_kernel<Scalar, true, kAdd>, args)
+                 : launch(config, scatter_kernel<Scalar, false, kAdd>, args);
+}
+
+template <bool kAdd>
+cudaError_t launch_scatter(const PoolParams& params, StateType type, const ScatterArgs& args,
+                           cudaStream_t stream) {
+  bool vectors = rows_are_vectors(params, type == StateType::kFloat ? 4 : 2);
+  if (kAdd) {
+    for (int64_t i = 0; i < params.num_layers * params.num_blocks; ++i)
+      vectors = vectors && reinterpret_cast<uintptr_t>(args.incoming[i]) % 16 == 0;
+  }
+  switch (type) {
+    case StateType::kFloat:
+      return launch_scatter<float, kAdd>(params, args, vectors, stream);
+    case StateType::kBFloat16:
+      return launch_scatter<__nv_bfloat16, kAdd>(params, args, vectors, stream);
+    case StateType::kHalf:
+      return launch_scatter<__half, kAdd>(params, args, vectors, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+cudaError_t launch_pool_backward(const PoolParams& params, StateType type, const float* pooled_grad,
+                                 const int64_t* layers, const float* grad_output,
+                                 cudaStream_t stream) {
+  return launch_scatter<false>(params, type, scatter_args(params, pooled_grad, layers, grad_output),
+                               stream);
+}
+
+cudaError_t launch_pool_backward_add(const PoolParams& params, StateType type,
+                                     const float* pooled_grad, const int64_t* layers,
+                                     const float* grad_output, const void* const* incoming,
+                                     cudaStream_t stream) {
+  ScatterArgs args = scatter_args(params, pooled_grad, layers, grad_output);
+  std::copy_n(incoming, params.num_layers * params.num_blocks, args.incoming);
+  return launch_scatter<true>(params, type, args, stream);
+}
+
+cudaError_t launch_pool_max_backward(const PoolParams& params, StateType type,
+                                     const float* pooled_grad, const int32_t* indices,
+                                     const int64_t* layers, cudaStream_t stream) {
+  const ScatterArgs args = scatter_args(params, pooled_grad, layers, nullptr);
+  const Launch config = scatter_launch(params.num_layers * params.num_texts, stream);
+  switch (type) {
+    case StateType::kFloat:
+      return launch(config, scatter_max_kernel<float>, args, indices);
+    case StateType::kBFloat16:
+      return launch(config, scatter_max_kernel<__nv_bfloat16>, args, indices);
+    case StateType::kHalf:
+      return launch(config, scatter_max_kernel<__half>, args, indices);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace m2d::cuda
