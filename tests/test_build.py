@@ -4,8 +4,10 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 import warnings
 from pathlib import Path
 
@@ -232,3 +234,15 @@ def test_without_the_extension(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         _extension.warn_missing_once("a second time")
+
+
+@needs_source
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_the_kernels_compile_without_x86_intrinsics(setup_py):
+    """What aarch64 gets. Its cross compiler is used where there is one."""
+    compiler = shutil.which("aarch64-linux-gnu-g++") or "g++"
+    flags, _ = setup_py.compile_flags(torch, sanitize=False)
+    flags += ["-DM2D_PORTABLE", "-fsyntax-only", "-Werror", f"-isystem{sysconfig.get_path('include')}"]
+    for source in sorted(SETUP.parent.glob("csrc/cpu/*.cpp")):
+        result = subprocess.run([compiler, *flags, str(source)], capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr

@@ -6,7 +6,9 @@
 #include <cstring>
 #include <vector>
 
-#if defined(__SSE2__)
+#include "simd.h"
+
+#if defined(M2D_HAS_SSE2)
 #include <emmintrin.h>
 #endif
 #if defined(__linux__)
@@ -35,7 +37,7 @@ inline void advise_huge_pages(const at::Tensor& tensor) {
 // Whether rows of `row_bytes` in these tensors, all written by one call, should bypass the caches: a usual store
 // first reads the line it overwrites. Not in small pages, where the kernel's zeros are still in the cache.
 inline bool should_stream(const std::vector<at::Tensor>& tensors, size_t row_bytes) {
-#if defined(__SSE2__)
+#if defined(M2D_HAS_SSE2)
   size_t total = 0;
   for (const at::Tensor& tensor : tensors) {
     if (tensor.nbytes() < kHugePagesFrom) return false;
@@ -50,7 +52,7 @@ inline bool should_stream(const std::vector<at::Tensor>& tensors, size_t row_byt
 
 // memcpy past the caches; both ends and the size are multiples of 16 bytes. Other threads see it after end_streams().
 inline void stream_copy(void* to, const void* from, size_t bytes) {
-#if defined(__SSE2__)
+#if defined(M2D_HAS_SSE2)
   const __m128i* source = static_cast<const __m128i*>(from);
   __m128i* target = static_cast<__m128i*>(to);
   for (size_t i = 0; i < bytes / sizeof(__m128i); ++i)
@@ -61,7 +63,7 @@ inline void stream_copy(void* to, const void* from, size_t bytes) {
 }
 
 inline void end_streams() {
-#if defined(__SSE2__)
+#if defined(M2D_HAS_SSE2)
   _mm_sfence();
 #endif
 }

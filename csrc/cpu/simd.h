@@ -3,8 +3,12 @@
 
 // x86-64 with GCC and glibc: functions can be compiled for several vector levels and chosen at load time. Elsewhere
 // (aarch64, whose baseline has NEON; clang; other libcs without ifunc) the baseline is used.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+// M2D_PORTABLE leaves out all that is x86's own: what other processors get, compiled by any.
+#if defined(__x86_64__) && !defined(M2D_PORTABLE)
+#define M2D_HAS_SSE2 1
+#if defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
 #define M2D_HAS_X86_LEVELS 1
+#endif
 #endif
 
 // One copy of the function per level; the loops are plain C++. The sanitizers cannot instrument ifuncs.
