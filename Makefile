@@ -16,7 +16,7 @@ BENCH_ARGS ?=
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test bench fuzz sanitize lint format clean
+.PHONY: help install demo test bench fuzz sanitize cuda-link gpu-build gpu-check gpu-bench lint format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -25,6 +25,9 @@ help:
 	@echo "make bench    run the benchmarks"
 	@echo "make fuzz     2,500 random problems against float64"
 	@echo "make sanitize the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make cuda-link build, link and import the CUDA extension, no GPU needed (downloads gigabytes)"
+	@echo "make gpu-check on a GPU: tests and compute-sanitizer   (both take PYTHON=, RESULTS=)"
+	@echo "make gpu-bench on a GPU: times; PART=s1, s2, s3 or pooled"
 	@echo "make lint     ruff, mypy, clang-format: what CI checks"
 	@echo "make format   let ruff and clang-format rewrite the sources"
 	@echo "make install  what the others do first: make .venv, install torch and m2d_ext into it"
@@ -64,6 +67,34 @@ sanitize: $(INSTALLED)
 	cp -R tests pyproject.toml $(SANITIZED)
 	cd $(SANITIZED) && LD_PRELOAD="$(SANITIZER)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		PYTHONPATH=. $(CURDIR)/$(BIN)/pytest -p no:cacheprovider tests/test_functional.py tests/test_ops.py tests/test_fuzz.py
+
+# The real extension, for one architecture, in an environment of its own: a CUDA build of torch beside the CPU one.
+# Needs nvcc (CUDA_HOME), no GPU. Built from a copy: a build for another torch has no place among the checkout's objects.
+CUDA_TORCH ?= torch==2.14.1
+CUDA_ARCH ?= 9.0
+LINKED := build/cuda-link
+cuda-link:
+	rm -rf $(LINKED)
+	$(PYTHON) -m venv $(LINKED)/venv
+	$(LINKED)/venv/bin/pip install --quiet '$(CUDA_TORCH)' '$(SENTENCE_TRANSFORMERS)' 'setuptools>=77.0.3' ninja
+	mkdir $(LINKED)/source && cp -R csrc m2d_ext setup.py pyproject.toml README.md LICENSE $(LINKED)/source
+	cd $(LINKED)/source && M2D_BUILD=cuda TORCH_CUDA_ARCH_LIST='$(CUDA_ARCH)' \
+		../venv/bin/pip install --no-build-isolation --no-deps .
+	cd $(LINKED) && venv/bin/python -c "import json, m2d_ext; print(json.dumps(m2d_ext.build_info(), indent=2))"
+
+# On a machine with a GPU, with the Python that holds its torch: no .venv, nothing downloaded. The extension is built
+# for the GPU that is there, into a folder of its own beside a copy of the tests.
+GPU_BUILD := build/gpu
+RESULTS ?= benchmarks/results
+PART ?= s1
+gpu-build:
+	$(PYTHON) benchmarks/gpu_build.py --output $(GPU_BUILD)
+
+gpu-check: gpu-build
+	$(PYTHON) benchmarks/gpu_check.py --build $(GPU_BUILD) --results $(RESULTS)
+
+gpu-bench: gpu-build
+	for part in $(PART); do $(PYTHON) benchmarks/gpu_bench.py $$part --build $(GPU_BUILD) --results $(RESULTS) || exit; done
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent
 BUILDS = ("auto", "cpu", "cuda", "none")
 MIN_TORCH = (2, 11)
 CUDA_ARCHES = ("8.0", "9.0", "10.0", "12.0")
+NVCC_FLAGS = ["-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden"]
 
 # Commands that compile nothing and so must work where there is no torch. `dist_info` is not one of them:
 # pip asks for the metadata before it downloads the dependencies, and "install torch first" should be said then.
@@ -88,6 +89,17 @@ def import_torch():
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < MIN_TORCH:
         stop(f"torch {torch.__version__} is too old: run `pip install 'torch>=2.11'` before installing m2d_ext.")
     return torch
+
+
+def cuda_toolkit(guess):
+    """The toolkit's folder: torch's guess, or else the usual one; None where neither is one.
+
+    torch takes the folder above the nvcc on PATH, which may be a script that calls an nvcc elsewhere.
+    """
+    for home in (guess, "/usr/local/cuda"):
+        if home and Path(home, "bin", "nvcc").exists() and Path(home, "include", "cuda_runtime.h").exists():
+            return home
+    return None
 
 
 def cuda_arch_list(nvcc):
@@ -171,8 +183,8 @@ def configure(requested):
     def glob(pattern):
         return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
 
-    nvcc = Path(cpp_extension.CUDA_HOME or "", "bin", "nvcc")
-    nvcc = str(nvcc) if cpp_extension.CUDA_HOME and nvcc.exists() else None
+    cpp_extension.CUDA_HOME = cuda_toolkit(cpp_extension.CUDA_HOME)
+    nvcc = str(Path(cpp_extension.CUDA_HOME, "bin", "nvcc")) if cpp_extension.CUDA_HOME else None
     sources = glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")
     cuda_sources = glob("csrc/cuda/*.cu") + glob("csrc/cuda/*.cpp")
     build = resolve_build(
@@ -197,7 +209,7 @@ def configure(requested):
         arches = arch_list.replace(" ", ";").split(";")
         extension = cpp_extension.CUDAExtension(
             sources=sources + cuda_sources,
-            extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden"]},
+            extra_compile_args={"cxx": cxx, "nvcc": NVCC_FLAGS},
             **options,
         )
     else:

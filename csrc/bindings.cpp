@@ -13,6 +13,9 @@ TORCH_LIBRARY(m2d_ext, m) {
       "pool_backward(Tensor pooled_grad, Tensor? grad_output, int[] layers, Tensor[] coefficients, "
       "Tensor? cu_seqlens, ScalarType dtype) -> Tensor[]");
   m.def(
+      "add_pooled_grad(Tensor grad, Tensor pooled_grad, Tensor? grad_output, Tensor coefficients, "
+      "Tensor? cu_seqlens) -> Tensor");
+  m.def(
       "pool_max(Tensor[] hidden_states, Tensor[] coefficients, Tensor? cu_seqlens) -> (Tensor, "
       "Tensor)");
   m.def(

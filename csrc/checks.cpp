@@ -31,6 +31,9 @@ void add_blocks(PoolProblem& problem, at::TensorList coefficients,
                 "-dimensional, got ", table.dim());
     TORCH_CHECK(table.scalar_type() == problem.accumulate_type, "coefficients must be ",
                 problem.accumulate_type, ", got ", table.scalar_type());
+    TORCH_CHECK(table.device() == problem.options.device() &&
+                    (!packed || cu_seqlens->device() == problem.options.device()),
+                "coefficients and cu_seqlens must be on ", problem.options.device());
     problem.storage.push_back(table.contiguous());
     TokenBlock block{};
     block.first_text = first_text;
@@ -125,6 +128,45 @@ void check_loss_options(const LossParams<T>& params, const LossOptions& options)
               "target_offset must leave a candidate for each anchor");
 }
 
+// All but the rows: sizes, what is asked of them, and the outputs.
+template <class T>
+LossProblem<T> start_loss(at::IntArrayRef rows, const at::TensorOptions& row_options,
+                          const std::optional<Tensor>& candidates, int64_t target_offset,
+                          const LossOptions& options) {
+  TORCH_CHECK(options.num_columns >= 2 && rows[1] % options.num_columns == 0,
+              "the number of texts must be a multiple of num_columns >= 2");
+  LossProblem<T> problem{};
+  LossParams<T>& params = problem.params;
+  LossOutputs& outputs = problem.outputs;
+  params.num_layers = rows[0];
+  params.num_texts = rows[1];
+  params.dim = rows[2];
+  params.num_anchors = rows[1] / options.num_columns;
+  params.gathered = candidates.has_value();
+  params.num_candidates = params.gathered ? candidates->size(1) : rows[1] - params.num_anchors;
+  params.num_dims = static_cast<int64_t>(options.dims.size());
+  params.target_offset = target_offset;
+  check_loss_options(params, options);
+  params.dims = options.dims.data();
+  params.weights = options.weights.const_data_ptr<double>();
+  params.kl_weights = options.kl_weights.const_data_ptr<double>();
+  params.scale = options.scale;
+  params.kl_temperature = options.kl_temperature;
+  params.normalize = options.normalize;
+  params.pooled = {nullptr, rows[1] * rows[2], rows[1]};
+  outputs.pooled_grad =
+      at::empty(options.needs_grad ? rows : at::IntArrayRef{0, 0, 0}, row_options);
+  params.pooled_grad = rows_of<T>(outputs.pooled_grad);
+  outputs.candidate_grad = at::empty({0, 0, 0}, row_options);
+  outputs.cells = at::empty({params.num_layers, params.num_dims}, row_options);
+  outputs.kl = at::empty({params.num_layers}, row_options);
+  outputs.loss = at::empty({}, row_options);
+  params.cells = static_cast<T*>(outputs.cells.data_ptr());
+  params.kl = static_cast<T*>(outputs.kl.data_ptr());
+  params.loss = static_cast<T*>(outputs.loss.data_ptr());
+  return problem;
+}
+
 }  // namespace
 
 PoolProblem read_states(at::TensorList hidden_states, at::TensorList coefficients,
@@ -184,35 +226,14 @@ template <class T>
 LossProblem<T> read_loss(const Tensor& pooled, const std::optional<Tensor>& candidates,
                          int64_t target_offset, const LossOptions& options) {
   TORCH_CHECK(pooled.dim() == 3, "pooled must be (L, N, D), got ", pooled.sizes());
-  TORCH_CHECK(options.num_columns >= 2 && pooled.size(1) % options.num_columns == 0,
-              "the number of texts must be a multiple of num_columns >= 2");
-  LossProblem<T> problem{};
+  const Tensor rows = pooled.contiguous();
+  LossProblem<T> problem =
+      start_loss<T>(rows.sizes(), rows.options(), candidates, target_offset, options);
   LossParams<T>& params = problem.params;
   LossOutputs& outputs = problem.outputs;
-  const bool gathered = candidates.has_value();
-  const Tensor rows = pooled.contiguous();
   problem.storage.push_back(rows);
-  params.num_layers = rows.size(0);
-  params.num_texts = rows.size(1);
-  params.dim = rows.size(2);
-  params.num_anchors = rows.size(1) / options.num_columns;
-  params.num_candidates = gathered ? candidates->size(1) : rows.size(1) - params.num_anchors;
-  params.num_dims = static_cast<int64_t>(options.dims.size());
-  params.target_offset = target_offset;
-  check_loss_options(params, options);
-  params.dims = options.dims.data();
-  params.weights = options.weights.const_data_ptr<double>();
-  params.kl_weights = options.kl_weights.const_data_ptr<double>();
-  params.scale = options.scale;
-  params.kl_temperature = options.kl_temperature;
-  params.normalize = options.normalize;
-  params.gathered = gathered;
   params.pooled = const_rows_of<T>(rows);
-  outputs.pooled_grad =
-      at::empty(options.needs_grad ? rows.sizes() : at::IntArrayRef{0, 0, 0}, rows.options());
-  params.pooled_grad = rows_of<T>(outputs.pooled_grad);
-  outputs.candidate_grad = at::empty({0, 0, 0}, rows.options());
-  if (gathered) {
+  if (params.gathered) {
     TORCH_CHECK(candidates->dim() == 3 && candidates->size(0) == rows.size(0) &&
                     candidates->size(2) == rows.size(2) &&
                     candidates->scalar_type() == rows.scalar_type() &&
@@ -224,13 +245,13 @@ LossProblem<T> read_loss(const Tensor& pooled, const std::optional<Tensor>& cand
     if (options.needs_grad) outputs.candidate_grad = at::empty_like(columns);
     params.candidate_grad = rows_of<T>(outputs.candidate_grad);
   }
-  outputs.cells = at::empty({params.num_layers, params.num_dims}, rows.options());
-  outputs.kl = at::empty({params.num_layers}, rows.options());
-  outputs.loss = at::empty({}, rows.options());
-  params.cells = static_cast<T*>(outputs.cells.data_ptr());
-  params.kl = static_cast<T*>(outputs.kl.data_ptr());
-  params.loss = static_cast<T*>(outputs.loss.data_ptr());
   return problem;
+}
+
+LossProblem<float> read_loss_of_tokens(const PoolProblem& tokens, const LossOptions& options) {
+  const PoolParams& p = tokens.params;
+  return start_loss<float>({p.num_layers, p.num_texts, p.dim},
+                           tokens.options.dtype(tokens.accumulate_type), std::nullopt, 0, options);
 }
 
 template LossProblem<float> read_loss(const Tensor&, const std::optional<Tensor>&, int64_t,

@@ -64,4 +64,7 @@ template <class T>
 LossProblem<T> read_loss(const Tensor& pooled, const std::optional<Tensor>& candidates,
                          int64_t target_offset, const LossOptions& options);
 
+// Of rows that are still to be pooled: params.pooled.data is nullptr.
+LossProblem<float> read_loss_of_tokens(const PoolProblem& tokens, const LossOptions& options);
+
 }  // namespace m2d

@@ -17,7 +17,8 @@ from ._version import __version__
 _CONFIG_PATH = Path(__file__).with_name("_build_config.json")
 
 _REINSTALL = "pip install --no-build-isolation --force-reinstall --no-deps ."
-_HOW_TO_BUILD = f"build it with `M2D_BUILD=cpu {_REINSTALL}` (or M2D_BUILD=cuda) in the source directory of m2d_ext"
+HOW_TO_BUILD = f"build it with `M2D_BUILD=cpu {_REINSTALL}` (or M2D_BUILD=cuda) in the source directory of m2d_ext"
+MISSING = f"was installed without its compiled extension: {HOW_TO_BUILD}"
 
 
 def _read_config() -> dict[str, Any]:
@@ -64,15 +65,25 @@ def available() -> bool:
 def require() -> None:
     """Raise RuntimeError, which says how to build it, if the compiled extension is not loaded."""
     if not available():
-        raise RuntimeError(f"m2d_ext was installed without its compiled extension: {_HOW_TO_BUILD}.")
+        raise RuntimeError(f"m2d_ext {MISSING}.")
 
 
+@torch.compiler.assume_constant_result  # torch.compile cannot trace a warning; it is given as it traces
 def warn_missing_once(reason: str) -> None:
-    """Warn (UserWarning) that the slower PyTorch reference is used, at the first call in a process only."""
+    """Warn (UserWarning) that the slower PyTorch reference is used, at the first call in a process only.
+
+    Args:
+        reason: in words that follow "m2d_ext".
+    """
     global _warned
     if not _warned:
         _warned = True
-        warnings.warn(f"m2d_ext uses its slower PyTorch reference: {reason}; {_HOW_TO_BUILD}.", stacklevel=3)
+        warnings.warn(f"m2d_ext {reason}; it uses its slower PyTorch reference instead.", stacklevel=3)
+
+
+def cuda_arches() -> list[str]:
+    """What the CUDA kernels were compiled for, as in TORCH_CUDA_ARCH_LIST; empty where there are none."""
+    return list(_config.get("cuda_arches", []))
 
 
 def build_info() -> dict[str, Any]:
@@ -92,6 +103,6 @@ def build_info() -> dict[str, Any]:
         "torch_built": _config.get("torch"),
         "cuda": torch.version.cuda,
         "cuda_built": _config.get("cuda"),
-        "cuda_arches": _config.get("cuda_arches", []),
+        "cuda_arches": cuda_arches(),
         "python": sys.version.split()[0],
     }

@@ -1,7 +1,7 @@
 """``torch.autograd.Function`` around the compiled operators.
 
 The loss is a scalar, so its gradient is only ever multiplied by one number: the forward already computes dP, and
-the backward is the scatter ``g a[n, t] dP[l, n, :]`` alone.
+the backward is the scatter ``g a[n, t] dP[l, n, :]`` alone; see :mod:`m2d_ext.deferred` for what it leaves to hooks.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import ops
+from .deferred import DeferredGradients
 from .grid import Grid
 
 
@@ -41,10 +42,18 @@ def _scatter(ctx: Any, pooled_grad: Tensor, grad_output: Tensor | None, needed: 
 
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, coefficients: Any, cu_seqlens: Tensor | None, grid: Grid, *states: Tensor) -> Any:
+    def forward(
+        ctx: Any,
+        coefficients: Any,
+        cu_seqlens: Tensor | None,
+        grid: Grid,
+        deferred: DeferredGradients | None,
+        *states: Tensor,
+    ) -> Any:
         loss, cells, kl, pooled_grad = ops.loss(states, coefficients, cu_seqlens, grid, True)
         ctx.save_for_backward(pooled_grad)
         ctx.coefficients, ctx.cu_seqlens, ctx.dtype = coefficients, cu_seqlens, states[0].dtype
+        ctx.deferred = deferred
         ctx.mark_non_differentiable(cells, kl)
         return loss, cells, kl
 
@@ -52,7 +61,11 @@ class _Loss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> Any:
         (pooled_grad,) = ctx.saved_tensors
-        return (None, None, None, *_scatter(ctx, pooled_grad, grad_loss, ctx.needs_input_grad[3:]))
+        needed = ctx.needs_input_grad[4:]
+        nodes = [node for node, _ in ctx.next_functions[-len(needed) :]]
+        if ctx.deferred is not None and ctx.deferred.start(nodes, pooled_grad, grad_loss):
+            needed = [need and place not in ctx.deferred.places for place, need in enumerate(needed)]
+        return (None, None, None, None, *_scatter(ctx, pooled_grad, grad_loss, needed))
 
 
 class _PooledLoss(torch.autograd.Function):
@@ -116,7 +129,11 @@ def pool(hidden_states: Sequence[Tensor], coefficients: Sequence[Tensor], cu_seq
 
 
 def loss(
-    hidden_states: Sequence[Tensor], coefficients: Sequence[Tensor], cu_seqlens: Tensor | None, grid: Grid
+    hidden_states: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
+    cu_seqlens: Tensor | None,
+    grid: Grid,
+    deferred: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Differentiable loss with its cells (L, K) and KLs (L,), both detached.
 
@@ -125,9 +142,13 @@ def loss(
         coefficients: as there.
         cu_seqlens: as there.
         grid: weights, dims and options.
+        deferred: whether the gradients of earlier layers may be deferred (:mod:`m2d_ext.deferred`).
     """
     if _needs_grad(*hidden_states):
-        return _Loss.apply(tuple(coefficients), cu_seqlens, grid, *hidden_states)
+        later = None
+        if deferred and not torch.compiler.is_compiling():
+            later = DeferredGradients(hidden_states, tuple(coefficients), cu_seqlens)
+        return _Loss.apply(tuple(coefficients), cu_seqlens, grid, later, *hidden_states)
     return ops.loss(hidden_states, coefficients, cu_seqlens, grid, False)[:3]
 
 

@@ -60,7 +60,8 @@ def matryoshka_2d_loss(
         pooling: "mean", "cls", "lasttoken", "mean_sqrt_len_tokens", "weightedmean" or "max".
         normalize: whether the model normalises its pooled rows; it changes the KL.
         deferred: allows the gradients of all but the final layer to be added where autograd brings those layers'
-            own gradients, with the same values. This version always returns dense ones.
+            own gradients, with the same values, less memory and fewer passes over it. Only where the final layer was
+            computed from them; the other layers get dense ones. With the reference it makes no difference.
         backend: "fused", "reference" (eager PyTorch), or "auto": fused where it can be.
         return_cells: whether to return also the cells.
 
@@ -71,11 +72,12 @@ def matryoshka_2d_loss(
     Raises:
         TypeError: an argument is of the wrong kind or dtype.
         ValueError: a shape, a device or a value is wrong; the message names the argument.
-        RuntimeError: ``backend="fused"`` where the extension is not compiled or has no kernels for the device.
+        RuntimeError: ``backend="fused"`` where the extension is not compiled or has no kernels for the tensors.
     """
     results = loss_of_tokens(
         arguments.read_tokens(hidden_states, attention_mask, cu_seqlens, pooling),
         backend,
+        deferred,
         num_columns=num_columns,
         dims=dims,
         weights=weights,
@@ -138,10 +140,10 @@ def matryoshka_2d_loss_pooled(
         scale=scale,
         normalize=normalize,
     )
-    fused = _is_fused(backend, pooled)
+    fused = _is_fused(backend, pooled, layers=len(layers), dims=len(active.dims))
     if len(layers) < len(pooled):
-        pooled = pooled[layers]
-        candidates = None if candidates is None else candidates[layers]
+        pooled = _select(pooled, layers)
+        candidates = None if candidates is None else _select(candidates, layers)
     dtype = reference.accumulate_dtype(pooled.dtype)
     rows, others = pooled.to(dtype), None if candidates is None else candidates.to(dtype)
     results = _pooled_loss(rows, others, target_offset, active, fused)
@@ -172,35 +174,36 @@ def pool_layers(
         TypeError, ValueError, RuntimeError: as :func:`matryoshka_2d_loss`.
     """
     tokens = arguments.read_tokens(hidden_states, attention_mask, cu_seqlens, pooling)
-    return _pool(tokens, _is_fused(backend, tokens.states[0])).to(tokens.states[0].dtype)
+    first, blocks = tokens.states[0], len(tokens.coefficients)
+    return _pool(tokens, _is_fused(backend, first, layers=tokens.num_layers, blocks=blocks)).to(first.dtype)
 
 
-def loss_of_tokens(tokens: Tokens, backend: str = "auto", **options: Any) -> LossAndCells:
+def loss_of_tokens(tokens: Tokens, backend: str = "auto", deferred: bool = False, **options: Any) -> LossAndCells:
     """:func:`matryoshka_2d_loss` from a ready coefficient table: the loss, the cells and the KLs."""
     grid, layers, active = arguments.read_grid(
         num_layers=tokens.num_layers, num_texts=tokens.num_texts, width=tokens.states[0].shape[-1], **options
     )
-    fused = _is_fused(backend, tokens.states[0])
-    return _with_cells(_loss(tokens.select(layers), active, fused), grid, active, layers)
+    blocks, num_dims = len(tokens.coefficients), len(active.dims)
+    fused = _is_fused(backend, tokens.states[0], layers=len(layers), blocks=blocks, dims=num_dims)
+    return _with_cells(_loss(tokens.select(layers), active, fused, deferred), grid, active, layers)
 
 
-def _is_fused(backend: str, tensor: Tensor) -> bool:
-    """Whether the compiled operators run, for a checked backend and tensors like this one."""
+def _is_fused(backend: str, tensor: Tensor, *, layers: int, blocks: int = 1, dims: int = 0) -> bool:
+    """Whether the compiled operators run: for tensors like this one, so many layers, tensors per layer and dims."""
     if arguments.read_backend(backend) == "reference":
         return False
-    if tensor.device.type in ops.KERNEL_DEVICES:
+    reason = ops.refusal(tensor.device, tensor.dtype, layers, blocks, dims)
+    if reason is None:
         return True
     if backend == "fused":
-        _extension.require()
-        raise RuntimeError(f"m2d_ext was compiled without kernels for {tensor.device.type} tensors")
-    missing = f"it has no kernels for {tensor.device.type} tensors" if _extension.available() else "it is not compiled"
-    _extension.warn_missing_once(missing)
+        raise RuntimeError(f"m2d_ext {reason}.")
+    _extension.warn_missing_once(reason)
     return False
 
 
-def _loss(tokens: Tokens, grid: Grid, fused: bool) -> LossAndCells:
+def _loss(tokens: Tokens, grid: Grid, fused: bool, deferred: bool) -> LossAndCells:
     if fused and not tokens.maximum:
-        return autograd.loss(tokens.states, tokens.coefficients, tokens.cu_seqlens, grid)
+        return autograd.loss(tokens.states, tokens.coefficients, tokens.cu_seqlens, grid, deferred)
     return _pooled_loss(_pool(tokens, fused), None, 0, grid, fused)
 
 
@@ -226,8 +229,19 @@ def _with_cells(results: LossAndCells, grid: Grid, active: Grid, layers: list[in
     if active.weights.shape == grid.weights.shape:
         return results
     columns = [grid.dims.index(d) for d in active.dims]
-    cells = active_cells.new_full(grid.weights.shape, torch.nan)
-    cells[torch.tensor(layers)[:, None], torch.tensor(columns)] = active_cells
-    kl = active_kl.new_full(grid.kl_weights.shape, torch.nan)
-    kl[layers] = active_kl
-    return loss, cells, kl
+    cells = _spread(_spread(active_cells, layers, len(grid.weights), 0), columns, len(grid.dims), 1)
+    return loss, cells, _spread(active_kl, layers, len(grid.weights), 0)
+
+
+def _select(tensor: Tensor, places: Sequence[int]) -> Tensor:
+    """``tensor[places]``, but without a copy of the list to the device, for which the host would wait."""
+    rows = tensor.unbind()
+    return torch.stack([rows[i] for i in places])
+
+
+def _spread(values: Tensor, places: Sequence[int], size: int, dim: int) -> Tensor:
+    """The inverse: values to their places along a dimension of that size, NaN elsewhere."""
+    rows = [torch.full_like(values.select(dim, 0), torch.nan)] * size
+    for place, row in zip(places, values.unbind(dim), strict=True):
+        rows[place] = row
+    return torch.stack(rows, dim)

@@ -4,6 +4,8 @@ The operators are private: called on a tensor that requires grad they record no 
 :mod:`m2d_ext.reference`.
 """
 
+import functools
+import re
 from collections.abc import Sequence
 
 import torch
@@ -13,12 +15,85 @@ from . import _extension
 from .grid import Grid
 from .reference import accumulate_dtype
 
-# The device types that the compiled extension has kernels for.
-KERNEL_DEVICES = frozenset(
-    key.lower()
-    for key in ("CPU", "CUDA")
-    if _extension.available() and torch._C._dispatch_has_kernel_for_dispatch_key("m2d_ext::loss", key)
-)
+# What one launch takes: csrc/cuda/launch.h.
+MAX_CUDA_LAYERS = 128
+MAX_CUDA_BLOCKS = 8
+MAX_CUDA_DIMS = 16
+MIN_CUDA_CAPABILITY = (8, 0)
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot ask a device; what it answers is a constant there
+def refusal(device: torch.device, dtype: torch.dtype, layers: int, blocks: int, dims: int) -> str | None:
+    """Why the compiled operators do not take tensors like these, in words that follow "m2d_ext"; None if they do.
+
+    Args:
+        device: of the hidden states or the pooled rows.
+        dtype: of them.
+        layers: L.
+        blocks: tensors of hidden states per layer.
+        dims: K; 0 where only pooled.
+    """
+    if (reason := _refusal_by_device(device)) is not None or device.type != "cuda":
+        return reason
+    if dtype == torch.float64:
+        return "has no kernels for float64 on CUDA"
+    for name, count, limit in (
+        ("layers", layers, MAX_CUDA_LAYERS),
+        ("tensors of hidden states per layer", blocks, MAX_CUDA_BLOCKS),
+        ("dims", dims, MAX_CUDA_DIMS),
+    ):
+        if count > limit:
+            return f"has CUDA kernels for at most {limit} {name}, not {count}"
+    return None
+
+
+@functools.cache
+def _refusal_by_device(device: torch.device) -> str | None:
+    if not _extension.available():
+        return _extension.MISSING
+    # Asked of no other devices: the fakes below count as kernels for "meta".
+    supported = device.type in ("cpu", "cuda") and torch._C._dispatch_has_kernel_for_dispatch_key(
+        "m2d_ext::loss", device.type.upper()
+    )
+    if not supported:
+        return f"was compiled without kernels for {device.type} tensors: {_extension.HOW_TO_BUILD}"
+    return _refusal_by_cuda_device(device) if device.type == "cuda" else None
+
+
+def _refusal_by_cuda_device(device: torch.device) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    name, found = torch.cuda.get_device_name(device), "{}.{}".format(*capability)
+    if capability < MIN_CUDA_CAPABILITY:
+        needed = "{}.{}".format(*MIN_CUDA_CAPABILITY)
+        return f"has CUDA kernels for compute capability {needed} or higher, and {name} has {found}"
+    arches = _extension.cuda_arches()
+    if not any(_runs_on(arch, capability) for arch in arches):
+        return (
+            f"was compiled for compute capability {', '.join(arches)}, and {name} has {found}: "
+            f"add it to TORCH_CUDA_ARCH_LIST and {_extension.HOW_TO_BUILD}"
+        )
+    if not _launches_cooperatively(device):
+        return f"needs cooperative launches, which {name} does not offer"
+    return None
+
+
+def _launches_cooperatively(device: torch.device) -> bool:
+    return torch.ops.m2d_ext.cuda_launches_cooperatively(device.index)
+
+
+def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
+    """Whether code for an entry of TORCH_CUDA_ARCH_LIST runs on a device.
+
+    "9.0" runs on 9.x from 9.0 on, "9.0+PTX" on all devices from there on, "9.0a" on 9.0 alone, and "10.0f" is taken
+    to do as much. Of a name, such as "Hopper", nothing is known: the launch will tell.
+    """
+    entry = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", arch)
+    if entry is None:
+        return True
+    built = (int(entry[1]), int(entry[2]))
+    if entry[3]:
+        return built == capability
+    return built <= capability and (built[0] == capability[0] or entry[4] is not None)
 
 
 def pool(hidden_states: Sequence[Tensor], coefficients: Sequence[Tensor], cu_seqlens: Tensor | None) -> Tensor:
@@ -36,6 +111,17 @@ def pool_backward(
 ) -> list[Tensor]:
     """Hidden-state gradients ``g a[n, t] dP[l, n, :]`` of the given layers, layer-major, of the given dtype."""
     return torch.ops.m2d_ext.pool_backward(pooled_grad, grad_output, layers, coefficients, cu_seqlens, dtype)
+
+
+def add_pooled_grad(
+    grad: Tensor,
+    pooled_grad: Tensor,
+    grad_output: Tensor | None,
+    coefficients: Tensor,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    """``grad + g a[n, t] dP[n, :]`` for one layer and block: grad (n, T, D) or packed (total_tokens, D), dP (n, D)."""
+    return torch.ops.m2d_ext.add_pooled_grad(grad, pooled_grad, grad_output, coefficients, cu_seqlens)
 
 
 def pool_max(
@@ -119,6 +205,16 @@ def _fake_pool_backward(
     return [pooled_grad.new_empty((*a.shape, dim), dtype=dtype) for _ in layers for a in coefficients]
 
 
+def _fake_add_pooled_grad(
+    grad: Tensor,
+    pooled_grad: Tensor,
+    grad_output: Tensor | None,
+    coefficients: Tensor,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    return grad.new_empty(grad.shape)
+
+
 def _fake_pool_max(
     hidden_states: Sequence[Tensor], coefficients: Sequence[Tensor], cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -165,6 +261,7 @@ def _fake_pooled_loss(
 if _extension.available():
     torch.library.register_fake("m2d_ext::pool", _fake_pool)
     torch.library.register_fake("m2d_ext::pool_backward", _fake_pool_backward)
+    torch.library.register_fake("m2d_ext::add_pooled_grad", _fake_add_pooled_grad)
     torch.library.register_fake("m2d_ext::pool_max", _fake_pool_max)
     torch.library.register_fake("m2d_ext::pool_max_backward", _fake_pool_backward)
     torch.library.register_fake("m2d_ext::loss", _fake_loss)

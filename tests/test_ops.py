@@ -47,8 +47,33 @@ def test_opcheck_of_tokens(dtype: torch.dtype, packed: bool) -> None:
     torch.library.opcheck(
         torch.ops.m2d_ext.pool_backward, (rows, torch.tensor(2.0), [0, 2], coefficients, offsets, dtype)
     )
+    for i, table in enumerate(coefficients):
+        grad = torch.randn(*table.shape, 8).to(dtype)
+        texts = len(offsets) - 1 if packed else len(table)
+        torch.library.opcheck(
+            torch.ops.m2d_ext.add_pooled_grad, (grad, rows[i, :texts], torch.tensor(2.0), table, offsets)
+        )
     indices = torch.zeros(3, 4, 8, dtype=torch.int32)
     torch.library.opcheck(torch.ops.m2d_ext.pool_max_backward, (rows, indices, [0, 2], coefficients, offsets, dtype))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_add_pooled_grad(dtype: torch.dtype, packed: bool) -> None:
+    """Small, and so large that it is written past the caches."""
+    offsets = torch.tensor([0, 3, 3, 7, 12]) if packed else None
+    for texts, tokens, width in ((4, 3, 8), (80, 140, 1024)):
+        if packed and texts != 4:
+            continue
+        table = torch.rand((12,) if packed else (texts, tokens), dtype=_accumulate(dtype))
+        table = table * (table > 0.3)
+        grad = torch.randn(*table.shape, width).to(dtype)
+        rows = torch.randn(texts, width, dtype=_accumulate(dtype))
+        text = torch.tensor([0, 0, 0, 2, 2, 2, 2, 3, 3, 3, 3, 3]) if packed else torch.arange(texts)[:, None]
+        expected = grad + 2.5 * table[..., None] * rows[text].expand(*table.shape, width)
+        found = torch.ops.m2d_ext.add_pooled_grad(grad, rows, torch.tensor(2.5), table, offsets)
+        torch.testing.assert_close(found, expected.to(dtype))
+        assert torch.equal(found[table == 0], grad[table == 0])
 
 
 @pytest.mark.parametrize("gathered", [False, True])

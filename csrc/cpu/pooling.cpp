@@ -70,6 +70,32 @@ void scatter_text(const Acc* pooled_grad, Acc grad_output, const Acc* coefficien
 }
 
 template <class Scalar, class Acc>
+M2D_MULTIVERSION void add_row(const Scalar* __restrict x, const Acc* __restrict row, Acc factor,
+                              int64_t dim, Scalar* __restrict out) {
+  for (int64_t d = 0; d < dim; ++d)
+    out[d] = static_cast<Scalar>(static_cast<Acc>(x[d]) + factor * row[d]);
+}
+
+// `row` holds one token's sum on its way past the caches.
+template <class Scalar, class Acc>
+void add_text(const Scalar* grads, const Acc* pooled_grad, Acc grad_output, const Acc* coefficients,
+              int64_t num_tokens, int64_t dim, Scalar* row, bool stream, Scalar* tokens) {
+  const size_t bytes = dim * sizeof(Scalar);
+  for (int64_t t = 0; t < num_tokens; ++t) {
+    const Scalar* from = grads + t * dim;
+    Scalar* to = tokens + t * dim;
+    const bool unchanged = coefficients[t] == Acc(0);
+    if (!unchanged)
+      add_row(from, pooled_grad, grad_output * coefficients[t], dim, stream ? row : to);
+    if (stream) {
+      stream_copy(to, unchanged ? from : row, bytes);
+    } else if (unchanged) {
+      std::memcpy(static_cast<void*>(to), from, bytes);
+    }
+  }
+}
+
+template <class Scalar, class Acc>
 M2D_MULTIVERSION void max_text(const Scalar* __restrict tokens, int64_t token_stride,
                                const Acc* __restrict coefficients, int64_t num_tokens, int64_t dim,
                                Acc* __restrict pooled, int32_t* __restrict indices) {
@@ -147,6 +173,21 @@ void pool_backward(const PoolParams& p, const Acc* pooled_grad, const int64_t* l
 }
 
 template <class Scalar, class Acc>
+void pool_backward_add(const PoolParams& p, const Acc* pooled_grad, Acc grad_output,
+                       const Scalar* grads, bool stream) {
+  for_each_text(p, [&](int64_t, int64_t, int64_t text) {
+    const TokenBlock& block = p.blocks[0];
+    const TokenSpan span = token_span(block, text);
+    const int64_t offset = state_offset(block, p.states[0], text);
+    std::vector<Scalar> row(p.dim);
+    add_text(grads + offset, pooled_grad + text * p.dim, grad_output,
+             static_cast<const Acc*>(block.coefficients) + span.first, span.count, p.dim,
+             row.data(), stream, static_cast<Scalar*>(p.states[0].data) + offset);
+    if (stream) end_streams();
+  });
+}
+
+template <class Scalar, class Acc>
 void pool_max(const PoolParams& p, int32_t* indices) {
   Acc* pooled = static_cast<Acc*>(p.pooled);
   for_each_text(p, [&](int64_t layer, int64_t b, int64_t text) {
@@ -172,12 +213,14 @@ void pool_max_backward(const PoolParams& p, const Acc* pooled_grad, const int32_
   });
 }
 
-#define M2D_INSTANTIATE(Scalar, Acc)                                                           \
-  template void pool<Scalar, Acc>(const PoolParams&);                                          \
-  template void pool_backward<Scalar, Acc>(const PoolParams&, const Acc*, const int64_t*, Acc, \
-                                           bool);                                              \
-  template void pool_max<Scalar, Acc>(const PoolParams&, int32_t*);                            \
-  template void pool_max_backward<Scalar, Acc>(const PoolParams&, const Acc*, const int32_t*,  \
+#define M2D_INSTANTIATE(Scalar, Acc)                                                              \
+  template void pool<Scalar, Acc>(const PoolParams&);                                             \
+  template void pool_backward<Scalar, Acc>(const PoolParams&, const Acc*, const int64_t*, Acc,    \
+                                           bool);                                                 \
+  template void pool_backward_add<Scalar, Acc>(const PoolParams&, const Acc*, Acc, const Scalar*, \
+                                               bool);                                             \
+  template void pool_max<Scalar, Acc>(const PoolParams&, int32_t*);                               \
+  template void pool_max_backward<Scalar, Acc>(const PoolParams&, const Acc*, const int32_t*,     \
                                                const int64_t*);
 M2D_INSTANTIATE(double, double)
 M2D_INSTANTIATE(float, float)

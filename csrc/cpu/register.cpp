@@ -66,6 +66,26 @@ std::vector<Tensor> pool_backward_op(const Tensor& pooled_grad,
   return std::move(problem.grads);
 }
 
+Tensor add_pooled_grad_op(const Tensor& grad, const Tensor& pooled_grad,
+                          const std::optional<Tensor>& grad_output, const Tensor& coefficients,
+                          const std::optional<Tensor>& cu_seqlens) {
+  const Tensor rows = pooled_grad.contiguous().unsqueeze(0);
+  const Tensor dense = grad.contiguous();
+  GradProblem problem = allocate_grads(rows, {0}, coefficients, cu_seqlens, grad.scalar_type());
+  TORCH_CHECK(grad.sizes() == problem.grads[0].sizes(), "grad must have shape ",
+              problem.grads[0].sizes(), ", got ", grad.sizes());
+  const double factor = grad_output.has_value() ? grad_output->item<double>() : 1.0;
+  const bool stream = should_stream(problem.grads, problem.pool.params.dim * grad.element_size());
+  dispatch_states(grad.scalar_type(), [&](auto scalar, auto acc) {
+    using Scalar = decltype(scalar);
+    using Acc = decltype(acc);
+    pool_backward_add<Scalar, Acc>(problem.pool.params, rows.const_data_ptr<Acc>(),
+                                   static_cast<Acc>(factor), dense.const_data_ptr<Scalar>(),
+                                   stream);
+  });
+  return problem.grads[0];
+}
+
 std::tuple<Tensor, Tensor> pool_max_op(at::TensorList hidden_states, at::TensorList coefficients,
                                        const std::optional<Tensor>& cu_seqlens) {
   PoolProblem problem = read_states(hidden_states, coefficients, cu_seqlens);
@@ -140,6 +160,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pooled_loss_op(
 TORCH_LIBRARY_IMPL(m2d_ext, CPU, m) {
   m.impl("pool", &m2d::cpu::pool_op);
   m.impl("pool_backward", &m2d::cpu::pool_backward_op);
+  m.impl("add_pooled_grad", &m2d::cpu::add_pooled_grad_op);
   m.impl("pool_max", &m2d::cpu::pool_max_op);
   m.impl("pool_max_backward", &m2d::cpu::pool_max_backward_op);
   m.impl("loss", &m2d::cpu::loss_op);

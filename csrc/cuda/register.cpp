@@ -148,6 +148,31 @@ std::vector<Tensor> pool_backward_op(const Tensor& pooled_grad,
   return std::move(problem.grads);
 }
 
+Tensor add_pooled_grad_op(const Tensor& grad, const Tensor& pooled_grad,
+                          const std::optional<Tensor>& grad_output, const Tensor& coefficients,
+                          const std::optional<Tensor>& cu_seqlens) {
+  const StateType type = state_type(grad.scalar_type());
+  const c10::cuda::CUDAGuard guard(pooled_grad.device());
+  const Tensor rows = pooled_grad.contiguous().unsqueeze(0);
+  const Tensor dense = grad.contiguous();
+  GradProblem problem =
+      allocate_state_grads(rows, {0}, coefficients, cu_seqlens, grad.scalar_type());
+  Tensor& sum = problem.grads[0];
+  TORCH_CHECK(grad.sizes() == sum.sizes() && grad.device() == rows.device(),
+              "grad must have shape ", sum.sizes(), " on ", rows.device(), ", got ", grad.sizes(),
+              " on ", grad.device());
+  const Tensor factor = grad_output.has_value() ? device_scalar(*grad_output, rows) : Tensor();
+  const int64_t layer = 0;
+  const void* incoming = dense.const_data_ptr();
+  if (sum.numel() > 0) {
+    C10_CUDA_CHECK(
+        launch_pool_backward_add(problem.pool.params, type, rows.const_data_ptr<float>(), &layer,
+                                 factor.defined() ? factor.const_data_ptr<float>() : nullptr,
+                                 &incoming, c10::cuda::getCurrentCUDAStream()));
+  }
+  return std::move(sum);
+}
+
 std::vector<Tensor> pool_max_backward_op(const Tensor& pooled_grad, const Tensor& indices,
                                          at::IntArrayRef layers, at::TensorList coefficients,
                                          const std::optional<Tensor>& cu_seqlens,
@@ -231,6 +256,7 @@ bool launches_cooperatively(int64_t device) {
 TORCH_LIBRARY_IMPL(m2d_ext, CUDA, m) {
   m.impl("pool", &m2d::cuda::pool_op);
   m.impl("pool_backward", &m2d::cuda::pool_backward_op);
+  m.impl("add_pooled_grad", &m2d::cuda::add_pooled_grad_op);
   m.impl("pool_max", &m2d::cuda::pool_max_op);
   m.impl("pool_max_backward", &m2d::cuda::pool_max_backward_op);
   m.impl("loss", &m2d::cuda::loss_op);

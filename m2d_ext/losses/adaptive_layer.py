@@ -42,6 +42,9 @@ class AdaptiveLayerLoss(nn.Module):
         kl_temperature: T; no KL if <= 0.
         layer_weighting: w(j): "uniform" 1, "log" 1 / (1 + ln(1 + j)), "linear" 1 / (1 + j), or a function of j.
 
+        deferred: whether the earlier layers' gradients are added where autograd brings those layers' own, which takes
+            less memory and time for the same values; wherever that cannot be, they are dense all the same.
+
     Raises:
         ValueError: an unknown ``layer_weighting``.
     """
@@ -60,6 +63,8 @@ class AdaptiveLayerLoss(nn.Module):
         kl_div_weight: float = 1.0,
         kl_temperature: float = 0.3,
         layer_weighting: LayerWeighting = "uniform",
+        *,
+        deferred: bool = True,
     ) -> None:
         super().__init__()
         self.model = model
@@ -70,6 +75,7 @@ class AdaptiveLayerLoss(nn.Module):
         self.kl_div_weight = kl_div_weight
         self.kl_temperature = kl_temperature
         self.layer_weighting = layer_weighting
+        self.deferred = deferred
         if not callable(layer_weighting) and layer_weighting not in ("uniform", "log", "linear"):
             raise ValueError(
                 f'layer_weighting must be "uniform", "log", "linear", or a callable, but got {layer_weighting!r}.'
@@ -157,6 +163,7 @@ class AdaptiveLayerLoss(nn.Module):
             len(features),
             self.loss.loss if isinstance(self.loss, MatryoshkaLoss) else self.loss,
             pipeline.is_normalized(model),
+            self.deferred,
             dims=self.loss.grid_dims if isinstance(self.loss, MatryoshkaLoss) else [tokens.states[0].shape[-1]],
             weights=weights,
             kl_weights=kl_weights,

@@ -23,7 +23,9 @@ def say_fallback(loss: nn.Module, reason: str) -> None:
         logger.warning("%s is falling back to the loop: %s.", type(loss).__name__, reason)
 
 
-def fused_loss(tokens: Tokens, num_columns: int, base_loss: Any, normalize: bool, **grid: Any) -> Tensor:
+def fused_loss(
+    tokens: Tokens, num_columns: int, base_loss: Any, normalize: bool, deferred: bool = False, **grid: Any
+) -> Tensor:
     """The grid's loss with an in-batch ranking loss as its cells.
 
     Raises:
@@ -31,7 +33,8 @@ def fused_loss(tokens: Tokens, num_columns: int, base_loss: Any, normalize: bool
     """
     if num_columns < 2:
         raise ValueError(f"Expected at least 2 embeddings, got {num_columns}")
-    loss, *_ = loss_of_tokens(tokens, num_columns=num_columns, scale=base_loss.scale, normalize=normalize, **grid)
+    options = {"num_columns": num_columns, "scale": base_loss.scale, "normalize": normalize}
+    loss, *_ = loss_of_tokens(tokens, deferred=deferred, **options, **grid)
     return loss
 
 

@@ -30,6 +30,7 @@ class Matryoshka2dLoss(AdaptiveLayerLoss):
         kl_div_weight: weight of the KL.
         kl_temperature: T; no KL if <= 0.
         layer_weighting: as in :class:`AdaptiveLayerLoss`.
+        deferred: as there.
 
     Raises:
         ValueError: as the two losses that it is made of.
@@ -48,6 +49,8 @@ class Matryoshka2dLoss(AdaptiveLayerLoss):
         kl_div_weight: float = 1.0,
         kl_temperature: float = 0.3,
         layer_weighting: LayerWeighting = "uniform",
+        *,
+        deferred: bool = True,
     ) -> None:
         super().__init__(
             model,
@@ -58,6 +61,7 @@ class Matryoshka2dLoss(AdaptiveLayerLoss):
             kl_div_weight=kl_div_weight,
             kl_temperature=kl_temperature,
             layer_weighting=layer_weighting,
+            deferred=deferred,
         )
 
     def get_config_dict(self) -> dict[str, Any]:

@@ -1,0 +1,132 @@
+"""Deferred gradients: added where autograd brings those of the hidden states, instead of beside them.
+
+A loss over all layers would hand autograd one gradient as large as each hidden state, to hold until the one from the
+next layer arrives and is added to it. But wherever the final state was computed from an earlier one, that other
+gradient is sure to come, and to come after the loss's own backward. So the loss returns a dense gradient for the
+final state alone, and a hook on each earlier state adds ``g a dP`` to what arrives: no gradient of its own, and one
+pass over memory.
+
+Where that premise fails a gradient would be lost in silence. It is therefore checked, not assumed: a state is deferred
+only if an edge of the autograd graph leads from the final state to it, and a backward that should have reached a hook
+and did not raises.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+Edge: TypeAlias = tuple[Any, int]  # a node of the autograd graph, and which of its outputs
+
+
+class DeferredGradients:
+    """The deferred gradients of one call of the loss.
+
+    Args:
+        states: hidden states, layer-major, as in :func:`m2d_ext.ops.loss`.
+        coefficients: one table per block.
+        cu_seqlens: packed states only.
+    """
+
+    def __init__(self, states: Sequence[Tensor], coefficients: Sequence[Tensor], cu_seqlens: Tensor | None) -> None:
+        self._coefficients = coefficients
+        self._cu_seqlens = cu_seqlens
+        self._source: tuple[Tensor, Tensor] | None = None  # dP and g, while a backward runs
+        self._expected: set[int] = set()
+        chosen, self._leaf = _deferrable(states, len(coefficients))
+        self.places = frozenset(chosen)
+        for place in self.places:
+            states[place].register_hook(partial(self._add, place))
+
+    def start(self, nodes: Sequence[Any], pooled_grad: Tensor, grad_output: Tensor) -> bool:
+        """Let the hooks of the present backward add their parts. To be called inside it.
+
+        Args:
+            nodes: the autograd node of each state.
+            pooled_grad: dP (L, N, D).
+            grad_output: g, a scalar.
+
+        Returns:
+            False where all gradients must be dense: ``autograd.grad`` may have been asked for those of the states, and
+            takes them before it calls a hook.
+        """
+        if not self.places or not self._runs_to_the_leaves():
+            return False
+        self._source = pooled_grad, grad_output
+        self._expected = {place for place in self.places if torch._C._will_engine_execute_node(nodes[place])}
+        torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+        return True
+
+    def _runs_to_the_leaves(self) -> bool:
+        """Whether the present backward accumulates into leaves, as ``backward()`` does, unlike ``autograd.grad``."""
+        try:
+            return torch._C._will_engine_execute_node(self._leaf)
+        except RuntimeError:  # the answer for a leaf that autograd.grad was asked for
+            return False
+
+    def _add(self, place: int, grad: Tensor | None) -> Tensor | None:
+        if self._source is None or grad is None:  # not our backward; or no gradient, which _finish will report
+            return None
+        if grad.requires_grad:
+            raise RuntimeError("the gradient of m2d_ext's loss cannot be differentiated again (create_graph=True)")
+        self._expected.discard(place)
+        pooled_grad, grad_output = self._source
+        layer, block = divmod(place, len(self._coefficients))
+        table = self._coefficients[block]
+        rows = pooled_grad[layer]
+        if self._cu_seqlens is None:
+            rows = rows.narrow(0, sum(map(len, self._coefficients[:block])), len(table))
+        return ops.add_pooled_grad(grad, rows, grad_output, table, self._cu_seqlens)
+
+    def _finish(self) -> None:
+        missing = sorted(self._expected)
+        self._source, self._expected = None, set()
+        if missing:
+            layers = sorted({place // len(self._coefficients) for place in missing})
+            raise RuntimeError(
+                f"the gradients of layers {layers} would be lost: autograd did not bring their hidden states' own. "
+                "Construct the loss with deferred=False."
+            )
+
+
+def _deferrable(states: Sequence[Tensor], blocks: int) -> tuple[list[int], Any]:
+    """The states that the final one of their block was computed from, by nodes of their own; and a leaf's node."""
+    edges = [_edge(state) for state in states]
+    times = Counter(node for node, _ in edges)
+    chosen: list[int] = []
+    leaf = None
+    for block in range(blocks):
+        column = range(block, len(states), blocks)
+        root = edges[column[-1]]
+        wanted = {edges[i]: i for i in column if edges[i][0] is not None and times[edges[i][0]] == 1}
+        wanted.pop(root, None)
+        found, below = _reached(root[0], set(wanted))
+        leaf = leaf or below
+        chosen += [wanted[edge] for edge in found]
+    return (chosen, leaf) if leaf is not None else ([], None)
+
+
+def _edge(state: Tensor) -> Edge:
+    return state.grad_fn, state.output_nr
+
+
+def _reached(root: Any, wanted: set[Edge]) -> tuple[set[Edge], Any]:
+    """Those of the wanted edges that lie on a way from the root, and the node of a leaf that does."""
+    found: set[Edge] = set()
+    leaf = None
+    seen = {root}
+    waiting = [root] if root is not None else []
+    while waiting and (len(found) < len(wanted) or leaf is None):
+        for edge in waiting.pop().next_functions:
+            if edge in wanted:
+                found.add(edge)
+            if edge[0] is not None and edge[0] not in seen:
+                seen.add(edge[0])
+                waiting.append(edge[0])
+                leaf = edge[0] if leaf is None and hasattr(edge[0], "variable") else leaf
+    return found, leaf

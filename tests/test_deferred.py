@@ -1,0 +1,318 @@
+"""Deferred gradients: those of the dense path, wherever they come from, or an error; never a lost one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import m2d_ext
+from m2d_ext import ops
+from m2d_ext.functional import matryoshka_2d_loss
+from tiny_models import ARCHITECTURES, HIDDEN, features_of, sentence, tiny_model
+
+pytestmark = pytest.mark.skipif(m2d_ext.build_info()["build"] == "none", reason="no extension")
+
+WIDTH, LAYERS = 16, 4
+GRID: dict[str, Any] = {
+    "dims": [4, 16],
+    "weights": [[1.0, 0.5]] * LAYERS,
+    "kl_weights": [0.3] * (LAYERS - 1) + [0.0],
+}
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How many states got a dense gradient, and how many an addition."""
+    counted = {"dense": 0, "added": 0}
+    pool_backward, add = ops.pool_backward, ops.add_pooled_grad
+
+    def counting_backward(*args: Any) -> list[Tensor]:
+        grads = pool_backward(*args)
+        counted["dense"] += len(grads)
+        return grads
+
+    def counting_add(*args: Any) -> Tensor:
+        counted["added"] += 1
+        return add(*args)
+
+    monkeypatch.setattr(ops, "pool_backward", counting_backward)
+    monkeypatch.setattr(ops, "add_pooled_grad", counting_add)
+    return counted
+
+
+class Encoder(nn.Module):
+    """Every state computed from the one before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH, dtype=torch.float64) for _ in range(LAYERS))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        states = []
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+            states.append(x)
+        return states
+
+
+def tokens(columns: int = 1) -> tuple[list[Tensor], list[Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    texts = 8 // columns
+    inputs = [torch.randn(texts, 5 - c, WIDTH, generator=generator, dtype=torch.float64) for c in range(columns)]
+    masks = [(torch.rand(x.shape[:2], generator=generator) > 0.3).long() for x in inputs]
+    return inputs, masks
+
+
+States = Callable[[Encoder, Tensor], list[Tensor]]
+
+
+def loss_of(
+    encoder: Encoder, deferred: bool, *, columns: int = 1, states: States = Encoder.forward, **grid: Any
+) -> Tensor:
+    inputs, masks = tokens(columns)
+    layers = [list(layer) for layer in zip(*(states(encoder, x) for x in inputs), strict=True)]
+    loss = matryoshka_2d_loss(layers, masks, num_columns=2, deferred=deferred, **(GRID | grid))
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+def gradients(encoder: Encoder) -> list[Tensor]:
+    grads = [parameter.grad for parameter in encoder.parameters()]
+    encoder.zero_grad()
+    return [torch.zeros(()) if grad is None else grad for grad in grads]
+
+
+def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def both(**options: Any) -> tuple[list[Tensor], list[Tensor]]:
+    encoder = Encoder()
+    results = []
+    for deferred in (True, False):
+        (loss_of(encoder, deferred, **options) * 3).backward()
+        results.append(gradients(encoder))
+    return results[0], results[1]
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+def test_equal_to_dense(columns: int, calls: dict[str, int]) -> None:
+    found, expected = both(columns=columns)
+    assert_same(found, expected)
+    assert calls == {"dense": columns + LAYERS * columns, "added": (LAYERS - 1) * columns}
+
+
+def test_final_layer_of_weight_zero(calls: dict[str, int]) -> None:
+    assert_same(*both(weights=[[1.0, 0.5]] * (LAYERS - 1) + [[0.0, 0.0]]))
+    assert calls["added"] == LAYERS - 1
+
+
+def test_fewer_layers(calls: dict[str, int]) -> None:
+    """Without a final layer among those that matter the last of them takes its place."""
+    weights = [[1.0, 1.0], [0.0, 0.0], [0.5, 0.0], [0.0, 0.0]]
+    assert_same(*both(weights=weights, kl_weights=None))
+    assert calls == {"dense": 1 + 2, "added": 1}
+
+
+def test_other_losses_are_added() -> None:
+    encoder = Encoder()
+    results = []
+    for deferred in (True, False):
+        (inputs,), (mask,) = tokens()
+        states = encoder(inputs)
+        loss = matryoshka_2d_loss(states, mask, deferred=deferred, **GRID)
+        assert isinstance(loss, Tensor)
+        (loss + sum(state.square().mean() for state in states)).backward()
+        results.append(gradients(encoder))
+    assert_same(*results)
+
+
+def test_accumulation_and_second_backward(calls: dict[str, int]) -> None:
+    encoder = Encoder()
+    (loss_of(encoder, False) * 2 + loss_of(encoder, False, columns=2)).backward()
+    expected = gradients(encoder)
+    loss = loss_of(encoder, True)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    loss_of(encoder, True, columns=2).backward()
+    assert_same(gradients(encoder), expected)
+
+
+def test_part_of_the_graph() -> None:
+    """autograd.grad by the last layer's parameters reaches no hook; what follows is not confused by it."""
+    encoder = Encoder()
+    loss_of(encoder, False).backward()
+    expected = gradients(encoder)
+    loss = loss_of(encoder, True)
+    last = list(encoder.layers[-1].parameters())
+    assert_same(list(torch.autograd.grad(loss, last, retain_graph=True)), expected[-2:])
+    middle = list(encoder.layers[1].parameters())
+    assert_same(list(torch.autograd.grad(loss, middle, retain_graph=True)), expected[2:4])
+    loss.backward()
+    assert_same(gradients(encoder), expected)
+
+
+def test_gradients_of_the_states_themselves() -> None:
+    encoder = Encoder()
+    results = []
+    for deferred in (True, False):
+        (inputs,), (mask,) = tokens()
+        states = encoder(inputs)
+        loss = matryoshka_2d_loss(states, mask, deferred=deferred, **GRID)
+        assert isinstance(loss, Tensor)
+        results.append(list(torch.autograd.grad(loss, states)))
+    assert_same(*results)
+
+
+def test_another_backward_passes_untouched() -> None:
+    encoder = Encoder()
+    (inputs,), (mask,) = tokens()
+    states = encoder(inputs)
+    states[-1].sum().backward(retain_graph=True)
+    expected = gradients(encoder)
+    loss = matryoshka_2d_loss(states, mask, deferred=True, **GRID)
+    assert isinstance(loss, Tensor)
+    loss.backward(retain_graph=True)
+    gradients(encoder)
+    states[-1].sum().backward()
+    assert_same(gradients(encoder), expected)
+
+
+def copied(encoder: Encoder, x: Tensor) -> list[Tensor]:
+    return [state.clone() for state in encoder(x)]
+
+
+def one_node(encoder: Encoder, x: Tensor) -> list[Tensor]:
+    """What a compiled model or a checkpoint around a whole encoder is to autograd."""
+    return list(checkpoint(lambda y: tuple(encoder(y)), x.requires_grad_(), use_reentrant=True))
+
+
+def leaves(encoder: Encoder, x: Tensor) -> list[Tensor]:
+    return [encoder(x)[-1], *[x.clone().requires_grad_() for _ in range(LAYERS - 1)]]
+
+
+@pytest.mark.parametrize("states", [copied, one_node, leaves])
+def test_states_off_the_path_get_dense_gradients(states: States, calls: dict[str, int]) -> None:
+    assert_same(*both(states=states))
+    assert calls == {"dense": 2 * LAYERS, "added": 0}
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointed_layers(use_reentrant: bool, calls: dict[str, int]) -> None:
+    def states(encoder: Encoder, x: Tensor) -> list[Tensor]:
+        x = x.requires_grad_()
+        result = []
+        for layer in encoder.layers:
+            x = checkpoint(lambda y, layer=layer: y + torch.tanh(layer(y)), x, use_reentrant=use_reentrant)
+            result.append(x)
+        return result
+
+    assert_same(*both(states=states))
+    assert calls["added"] == LAYERS - 1
+
+
+class Cut(torch.autograd.Function):
+    """A way in the graph on which no gradient comes back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        return None
+
+
+def test_a_lost_gradient_is_an_error() -> None:
+    def states(encoder: Encoder, x: Tensor) -> list[Tensor]:
+        first = torch.tanh(encoder.layers[0](x))
+        rest = [torch.tanh(encoder.layers[1](Cut.apply(first)))]
+        rest += [torch.tanh(layer(rest[0])) for layer in encoder.layers[2:]]
+        return [first, *rest]
+
+    encoder = Encoder()
+    loss = loss_of(encoder, True, states=states)
+    with pytest.raises(RuntimeError, match=r"gradients of layers \[0\] would be lost.*deferred=False"):
+        loss.backward()
+    loss_of(encoder, False, states=states).backward()
+
+
+def test_no_second_derivative() -> None:
+    encoder = Encoder()
+    with pytest.raises(RuntimeError, match="create_graph"):
+        (loss_of(encoder, True) + sum(s.square().sum() for s in encoder(tokens()[0][0]))).backward(create_graph=True)
+
+
+def model_gradients(architecture: str, deferred: bool, checkpointing: bool | None, frozen: bool) -> dict[str, Tensor]:
+    model = tiny_model(architecture).double()
+    if checkpointing is not None:
+        model[0].auto_model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+    if frozen:
+        model[0].auto_model.get_input_embeddings().requires_grad_(False)
+        next(p for name, p in model.named_parameters() if "layer" in name).requires_grad_(False)
+    loss = m2d_ext.Matryoshka2dLoss(
+        model,
+        MultipleNegativesRankingLoss(model),
+        [HIDDEN, 8],
+        n_layers_per_step=-1,
+        n_dims_per_step=-1,
+        deferred=deferred,
+    ).train()
+    generator = torch.Generator().manual_seed(0)
+    texts = [[sentence(n, generator) for n in lengths] for lengths in ([3, 5, 7, 2], [4, 1, 6, 9])]
+    loss(features_of(model, texts), None).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+MODELS = [(name, checkpointing) for name in (*ARCHITECTURES, "distilbert") for checkpointing in (None, False, True)]
+MODELS = [case for case in MODELS if case[0] != "mpnet" or case[1] is None]  # has no gradient checkpointing
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(("architecture", "checkpointing"), MODELS)
+def test_models(architecture: str, checkpointing: bool | None, frozen: bool, calls: dict[str, int]) -> None:
+    found = model_gradients(architecture, True, checkpointing, frozen)
+    assert calls["added"] > 0
+    expected = model_gradients(architecture, False, checkpointing, frozen)
+    assert found.keys() == expected.keys()
+    scale = max(grad.norm().item() for grad in expected.values())
+    for name, grad in expected.items():
+        assert (found[name] - grad).norm().item() <= 1e-12 * scale, name
+
+
+class CountedOperations(TorchDispatchMode):
+    """How many operators run; views, which launch nothing, are not counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def test_operations_of_a_step() -> None:
+    """All layers and dims of a 12-layer BERT take hardly more operators than plain training."""
+    model = tiny_model("bert", num_layers=12, dropout=0.1)
+    generator = torch.Generator().manual_seed(0)
+    texts = [[sentence(5, generator) for _ in range(8)] for _ in range(2)]
+    plain = MultipleNegativesRankingLoss(model)
+    every = {"n_layers_per_step": -1, "n_dims_per_step": -1}
+    counts = []
+    for loss in (plain, m2d_ext.Matryoshka2dLoss(model, plain, [HIDDEN, 16, 8, 4, 2], **every)):
+        model.zero_grad()
+        with CountedOperations() as operations:
+            loss.train()(features_of(model, texts), None).backward()
+        counts.append(operations.count)
+    assert counts[1] <= counts[0] + 100
