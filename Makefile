@@ -14,6 +14,7 @@ TEST_ARGS ?=
 BENCH_ARGS ?=
 
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+FORMATTED := $(CSRC) $(shell find tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 INSTALLED := $(VENV)/.installed
 
 .PHONY: help install demo test bench fuzz sanitize cuda-link gpu-build gpu-check gpu-bench lint format clean
@@ -100,12 +101,12 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy m2d_ext
-	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CSRC)
+	$(BIN)/clang-format -i $(FORMATTED)
 
 clean:
 	rm -rf build dist *.egg-info m2d_ext/*.so m2d_ext/_build_config.json $(INSTALLED)

@@ -62,8 +62,8 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> Any:
         (pooled_grad,) = ctx.saved_tensors
         needed = ctx.needs_input_grad[4:]
-        nodes = [node for node, _ in ctx.next_functions[-len(needed) :]]
-        if ctx.deferred is not None and ctx.deferred.start(nodes, pooled_grad, grad_loss):
+        # Not asked of a traced function, whose context has no node; nor is anything deferred there.
+        if ctx.deferred is not None and ctx.deferred.start(ctx.next_functions[-len(needed) :], pooled_grad, grad_loss):
             needed = [need and place not in ctx.deferred.places for place, need in enumerate(needed)]
         return (None, None, None, None, *_scatter(ctx, pooled_grad, grad_loss, needed))
 

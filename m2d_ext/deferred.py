@@ -43,11 +43,11 @@ class DeferredGradients:
         for place in self.places:
             states[place].register_hook(partial(self._add, place))
 
-    def start(self, nodes: Sequence[Any], pooled_grad: Tensor, grad_output: Tensor) -> bool:
+    def start(self, edges: Sequence[Edge], pooled_grad: Tensor, grad_output: Tensor) -> bool:
         """Let the hooks of the present backward add their parts. To be called inside it.
 
         Args:
-            nodes: the autograd node of each state.
+            edges: of the autograd graph, to each state.
             pooled_grad: dP (L, N, D).
             grad_output: g, a scalar.
 
@@ -58,7 +58,7 @@ class DeferredGradients:
         if not self.places or not self._runs_to_the_leaves():
             return False
         self._source = pooled_grad, grad_output
-        self._expected = {place for place in self.places if torch._C._will_engine_execute_node(nodes[place])}
+        self._expected = {place for place in self.places if torch._C._will_engine_execute_node(edges[place][0])}
         torch.autograd.Variable._execution_engine.queue_callback(self._finish)
         return True
 

@@ -50,7 +50,8 @@ def padded_coefficients(
 def packed_coefficients(cu_seqlens: Tensor, num_tokens: int, pooling: str, dtype: torch.dtype) -> Tensor:
     """``a`` (num_tokens,) of the given dtype for texts packed one after another."""
     token = torch.arange(num_tokens, device=cu_seqlens.device)
-    text = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
+    # On CUDA the offsets are not looked at: tokens after the last of them count as the last text's.
+    text = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True).clamp(max=len(cu_seqlens) - 2)
     position = token - cu_seqlens[text]
     length = cu_seqlens.diff()[text]
     if pooling == "cls":

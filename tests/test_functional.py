@@ -248,6 +248,16 @@ def test_bad_numbers_stay_bad(backend: str, bad: float) -> None:
 
 
 @backends
+def test_another_default_device(backend: str) -> None:
+    case = make_case(13, 2, (3, 3), 4, 16, [8, 16])
+    leaves = case.leaves(torch.float32)
+    with torch.device("meta"):
+        loss = matryoshka_2d_loss(leaves, case.masks, backend=backend, **case.options)
+    assert isinstance(loss, Tensor)
+    assert loss.device.type == "cpu"
+
+
+@backends
 def test_cells(backend: str) -> None:
     case = make_case(7, 3, (4, 4), 5, 16, [4, 8, 16])
     case.options["weights"] = [[0.0, 2.0, 0.0], [0.0, 0.0, 0.0], [0.0, 1.0, 3.0]]

@@ -518,22 +518,28 @@ M2D_DEVICE RowSums<Real> row_sums(const LossArgs<Real>& p, bool is_pooled, int l
   return {first + kWeighted * part, first + kCosines * part, count};
 }
 
-// The student's side of one KL.
+// The student's side of one KL: z = E / tau against the teacher's, both as log-probabilities.
 template <class Real>
 struct Student {
   bool on;
   EmbeddingRow<Real> row, teacher;
-  Real inverse_temperature, lse, teacher_lse, coefficient;
+  Real inverse_temperature;
+  Real teacher_lse;
+  Real lse_gap;  // log sum exp z - teacher_lse
+  Real coefficient;
+
+  M2D_DEVICE Real taught(int d) const { return teacher(d) * inverse_temperature; }
+  M2D_DEVICE Real gap(int d) const { return row(d) * inverse_temperature - taught(d); }
 
   // coefficient (softmax(z) - q). Where the two are close, their difference is formed from that of the logits.
   M2D_DEVICE Real gradient(int d) const {
     if (!on) return 0;
-    const Real log_p = row(d) * inverse_temperature - lse;
-    const Real log_q = teacher(d) * inverse_temperature - teacher_lse;
+    const Real log_q = taught(d) - teacher_lse;
+    const Real log_ratio = gap(d) - lse_gap;
     const float q = expf(static_cast<float>(log_q));
-    const float gap = static_cast<float>(log_p - log_q);
-    const float difference =
-        fabsf(gap) < 0.5f ? q * expm1f(gap) : expf(static_cast<float>(log_p)) - q;
+    const float difference = fabsf(static_cast<float>(log_ratio)) < 0.5f
+                                 ? q * expm1f(static_cast<float>(log_ratio))
+                                 : expf(static_cast<float>(log_q + log_ratio)) - q;
     return coefficient * static_cast<Real>(difference);
   }
 };
@@ -548,31 +554,39 @@ M2D_DEVICE Student<Real> learn(const LossArgs<Real>& p, const EmbeddingRow<Real>
                         row,
                         embedding_row(s, p.pooled, p.centers, s.num_layers - 1, text),
                         1 / static_cast<Real>(s.kl_temperature),
-                        0,
                         p.teacher_lse[text],
+                        0,
                         0};
   Real max = -INFINITY;
+  Real widest = 0;
   for (int d = lane; d < s.dim; d += 32) {
-    const Real z = row(d) * student.inverse_temperature;
+    const Real gap = student.gap(d);
+    const Real z = student.taught(d) + gap;
     max = z > max ? z : max;
+    const Real width = gap < 0 ? -gap : gap;
+    widest = width > widest ? width : widest;
   }
   max = warp_max(max);
+  // Close to the teacher, the normaliser too comes from the differences: sum exp z = exp(lse) (1 + sum q expm1(gap)).
+  const bool close = warp_max(widest) < Real(0.5);
   Real sum = 0;
-  Real gap = 0;
+  Real mean_gap = 0;
   for (int d = lane; d < s.dim; d += 32) {
-    const Real z = row(d) * student.inverse_temperature;
-    const Real taught = student.teacher(d) * student.inverse_temperature;
-    sum += exponential(z, max);
-    gap += exponential(taught, student.teacher_lse) * (taught - z);
+    const Real gap = student.gap(d);
+    const Real q = exponential(student.taught(d), student.teacher_lse);
+    sum += close ? q * static_cast<Real>(expm1f(static_cast<float>(gap)))
+                 : exponential(student.taught(d) + gap, max);
+    mean_gap -= q * gap;
   }
-  student.lse = max + static_cast<Real>(std::log(static_cast<double>(warp_sum(sum))));
+  const double total = static_cast<double>(warp_sum(sum));
+  student.lse_gap = close ? static_cast<Real>(std::log1p(total))
+                          : max + static_cast<Real>(std::log(total)) - student.teacher_lse;
   student.coefficient = static_cast<Real>(s.kl_weights[layer]) * student.inverse_temperature /
                         static_cast<Real>(s.num_texts);
-  gap = warp_sum(gap);
+  mean_gap = warp_sum(mean_gap);
   if (lane == 0) {
     p.kl_rows[static_cast<int64_t>(layer) * s.num_texts + text] = static_cast<Real>(
-        kl_divergence(static_cast<double>(gap), static_cast<double>(student.teacher_lse),
-                      static_cast<double>(student.lse)));
+        kl_divergence(static_cast<double>(mean_gap), 0.0, static_cast<double>(student.lse_gap)));
   }
   return student;
 }
