@@ -25,10 +25,6 @@ M2D_MULTIVERSION double dot(const double* __restrict x, const T* __restrict y, i
   return sum;
 }
 
-M2D_MULTIVERSION inline void add(const double* __restrict x, int64_t n, double* __restrict out) {
-  for (int64_t i = 0; i < n; ++i) out[i] += x[i];
-}
-
 template <class T>
 M2D_MULTIVERSION void add(const T* __restrict x, int64_t n, T* __restrict out) {
   for (int64_t i = 0; i < n; ++i) out[i] += x[i];
