@@ -40,6 +40,18 @@ def _scatter(ctx: Any, pooled_grad: Tensor, grad_output: Tensor | None, needed: 
     return _place(dense, layers, needed, blocks)
 
 
+def _scatter_now(
+    ctx: Any, pooled_grad: Tensor, grad_output: Tensor | None, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """:func:`_scatter`, but for the states whose gradients are deferred.
+
+    Of a traced function nothing is deferred: its context has no node to ask for edges.
+    """
+    if ctx.deferred is not None and ctx.deferred.start(ctx.next_functions[-len(needed) :], pooled_grad, grad_output):
+        needed = [need and place not in ctx.deferred.places for place, need in enumerate(needed)]
+    return _scatter(ctx, pooled_grad, grad_output, needed)
+
+
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -61,11 +73,7 @@ class _Loss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> Any:
         (pooled_grad,) = ctx.saved_tensors
-        needed = ctx.needs_input_grad[4:]
-        # Not asked of a traced function, whose context has no node; nor is anything deferred there.
-        if ctx.deferred is not None and ctx.deferred.start(ctx.next_functions[-len(needed) :], pooled_grad, grad_loss):
-            needed = [need and place not in ctx.deferred.places for place, need in enumerate(needed)]
-        return (None, None, None, None, *_scatter(ctx, pooled_grad, grad_loss, needed))
+        return (None, None, None, None, *_scatter_now(ctx, pooled_grad, grad_loss, ctx.needs_input_grad[4:]))
 
 
 class _PooledLoss(torch.autograd.Function):
@@ -86,14 +94,21 @@ class _PooledLoss(torch.autograd.Function):
 
 class _Pool(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, coefficients: Any, cu_seqlens: Tensor | None, *states: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        coefficients: Any,
+        cu_seqlens: Tensor | None,
+        deferred: DeferredGradients | None,
+        *states: Tensor,
+    ) -> Tensor:
         ctx.coefficients, ctx.cu_seqlens, ctx.dtype = coefficients, cu_seqlens, states[0].dtype
+        ctx.deferred = deferred
         return ops.pool(states, coefficients, cu_seqlens)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_pooled: Tensor) -> Any:
-        return (None, None, *_scatter(ctx, grad_pooled.contiguous(), None, ctx.needs_input_grad[2:]))
+        return (None, None, None, *_scatter_now(ctx, grad_pooled.contiguous(), None, ctx.needs_input_grad[3:]))
 
 
 class _MaxPool(torch.autograd.Function):
@@ -121,11 +136,25 @@ def pool_max(hidden_states: Sequence[Tensor], coefficients: Sequence[Tensor], cu
     return ops.pool_max(hidden_states, coefficients, cu_seqlens)[0]
 
 
-def pool(hidden_states: Sequence[Tensor], coefficients: Sequence[Tensor], cu_seqlens: Tensor | None) -> Tensor:
-    """Differentiable :func:`m2d_ext.ops.pool`."""
+def pool(
+    hidden_states: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
+    cu_seqlens: Tensor | None,
+    deferred: bool = False,
+) -> Tensor:
+    """Differentiable :func:`m2d_ext.ops.pool`; ``deferred`` as in :func:`loss`."""
     if _needs_grad(*hidden_states):
-        return _Pool.apply(tuple(coefficients), cu_seqlens, *hidden_states)
+        later = _deferred(hidden_states, coefficients, cu_seqlens, deferred)
+        return _Pool.apply(tuple(coefficients), cu_seqlens, later, *hidden_states)
     return ops.pool(hidden_states, coefficients, cu_seqlens)
+
+
+def _deferred(
+    hidden_states: Sequence[Tensor], coefficients: Sequence[Tensor], cu_seqlens: Tensor | None, wanted: bool
+) -> DeferredGradients | None:
+    if not wanted or torch.compiler.is_compiling():
+        return None
+    return DeferredGradients(hidden_states, tuple(coefficients), cu_seqlens)
 
 
 def loss(
@@ -145,9 +174,7 @@ def loss(
         deferred: whether the gradients of earlier layers may be deferred (:mod:`m2d_ext.deferred`).
     """
     if _needs_grad(*hidden_states):
-        later = None
-        if deferred and not torch.compiler.is_compiling():
-            later = DeferredGradients(hidden_states, tuple(coefficients), cu_seqlens)
+        later = _deferred(hidden_states, coefficients, cu_seqlens, deferred)
         return _Loss.apply(tuple(coefficients), cu_seqlens, grid, later, *hidden_states)
     return ops.loss(hidden_states, coefficients, cu_seqlens, grid, False)[:3]
 

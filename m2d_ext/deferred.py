@@ -36,20 +36,20 @@ class DeferredGradients:
     def __init__(self, states: Sequence[Tensor], coefficients: Sequence[Tensor], cu_seqlens: Tensor | None) -> None:
         self._coefficients = coefficients
         self._cu_seqlens = cu_seqlens
-        self._source: tuple[Tensor, Tensor] | None = None  # dP and g, while a backward runs
+        self._source: tuple[Tensor, Tensor | None] | None = None  # dP and g, while a backward runs
         self._expected: set[int] = set()
         chosen, self._leaf = _deferrable(states, len(coefficients))
         self.places = frozenset(chosen)
         for place in self.places:
             states[place].register_hook(partial(self._add, place))
 
-    def start(self, edges: Sequence[Edge], pooled_grad: Tensor, grad_output: Tensor) -> bool:
+    def start(self, edges: Sequence[Edge], pooled_grad: Tensor, grad_output: Tensor | None) -> bool:
         """Let the hooks of the present backward add their parts. To be called inside it.
 
         Args:
             edges: of the autograd graph, to each state.
             pooled_grad: dP (L, N, D).
-            grad_output: g, a scalar.
+            grad_output: g, a scalar; None: 1.
 
         Returns:
             False where all gradients must be dense: ``autograd.grad`` may have been asked for those of the states, and

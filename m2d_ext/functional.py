@@ -174,8 +174,13 @@ def pool_layers(
         TypeError, ValueError, RuntimeError: as :func:`matryoshka_2d_loss`.
     """
     tokens = arguments.read_tokens(hidden_states, attention_mask, cu_seqlens, pooling)
-    first, blocks = tokens.states[0], len(tokens.coefficients)
-    return _pool(tokens, _is_fused(backend, first, layers=tokens.num_layers, blocks=blocks)).to(first.dtype)
+    return pool_of_tokens(tokens, backend).to(tokens.states[0].dtype)
+
+
+def pool_of_tokens(tokens: Tokens, backend: str = "auto", deferred: bool = False) -> Tensor:
+    """:func:`pool_layers` from a ready coefficient table, in the accumulation dtype; ``deferred`` as in the loss."""
+    layers, blocks = tokens.num_layers, len(tokens.coefficients)
+    return _pool(tokens, _is_fused(backend, tokens.states[0], layers=layers, blocks=blocks), deferred)
 
 
 def loss_of_tokens(tokens: Tokens, backend: str = "auto", deferred: bool = False, **options: Any) -> LossAndCells:
@@ -207,11 +212,13 @@ def _loss(tokens: Tokens, grid: Grid, fused: bool, deferred: bool) -> LossAndCel
     return _pooled_loss(_pool(tokens, fused), None, 0, grid, fused)
 
 
-def _pool(tokens: Tokens, fused: bool) -> Tensor:
-    backend = autograd if fused else reference
-    pool = backend.pool_max if tokens.maximum else backend.pool
+def _pool(tokens: Tokens, fused: bool, deferred: bool = False) -> Tensor:
+    inputs = tokens.states, tokens.coefficients, tokens.cu_seqlens
     with torch.autocast(tokens.states[0].device.type, enabled=False):
-        return pool(tokens.states, tokens.coefficients, tokens.cu_seqlens)
+        if fused and not tokens.maximum:
+            return autograd.pool(*inputs, deferred)
+        backend = autograd if fused else reference
+        return backend.pool_max(*inputs) if tokens.maximum else reference.pool(*inputs)
 
 
 def _pooled_loss(

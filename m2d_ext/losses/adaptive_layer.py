@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeAlias
 
 from sentence_transformers import SentenceTransformer
@@ -12,8 +12,11 @@ from sentence_transformers.base.modules import Transformer
 from torch import Tensor, nn
 
 from . import fallback, pipeline
-from .matryoshka import MatryoshkaLoss, fused_loss, say_fallback
-from .pipeline import Features
+from .cached import choose_caching, read_caching
+from .embed import Features, merged_alike
+from .gather import Draw, Drawn
+from .matryoshka import MatryoshkaLoss, check_uncached, say_fallback
+from .step import Cells, Step
 
 LayerWeighting: TypeAlias = Literal["uniform", "log", "linear"] | Callable[[int], float]
 
@@ -44,9 +47,14 @@ class AdaptiveLayerLoss(nn.Module):
 
         deferred: whether the earlier layers' gradients are added where autograd brings those layers' own, which takes
             less memory and time for the same values; wherever that cannot be, they are dense all the same.
+        mini_batch_size: embed so many texts of a column at a time, twice, and keep the activations of no more
+            (gradient caching). None: the whole batch at once, or as a ``CachedMultipleNegativesRankingLoss`` says.
+        mini_batch_num_tokens: as many texts at a time as have so many tokens, padding apart, in place of that.
+        show_progress_bar: whether to show one over the mini-batches.
 
     Raises:
-        ValueError: an unknown ``layer_weighting``.
+        TypeError: a size of mini-batches is not an int.
+        ValueError: an unknown ``layer_weighting``, or a size of mini-batches that is not positive or given twice.
     """
 
     # Any, because the Trainer puts a wrapper in the model's place.
@@ -65,6 +73,9 @@ class AdaptiveLayerLoss(nn.Module):
         layer_weighting: LayerWeighting = "uniform",
         *,
         deferred: bool = True,
+        mini_batch_size: int | None = None,
+        mini_batch_num_tokens: int | None = None,
+        show_progress_bar: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
@@ -76,12 +87,15 @@ class AdaptiveLayerLoss(nn.Module):
         self.kl_temperature = kl_temperature
         self.layer_weighting = layer_weighting
         self.deferred = deferred
+        self._seen_states = (0, 0)  # modules of the encoder, and the hidden states that it returned
         if not callable(layer_weighting) and layer_weighting not in ("uniform", "log", "linear"):
             raise ValueError(
                 f'layer_weighting must be "uniform", "log", "linear", or a callable, but got {layer_weighting!r}.'
             )
         assert isinstance(self.model[0], Transformer)
-        if uses_gradient_cache(loss):
+        own = read_caching(mini_batch_size, mini_batch_num_tokens, show_progress_bar)
+        self._caching = choose_caching(own, loss)
+        if uses_gradient_cache(loss) and self._caching is None:
             warnings.warn(f"AdaptiveLayerLoss is not compatible with {type(loss).__name__}.", stacklevel=2)
 
     def get_layer_weight(self, layer_idx: int) -> float:
@@ -106,12 +120,14 @@ class AdaptiveLayerLoss(nn.Module):
 
         Raises:
             TypeError: no SentenceTransformer inside ``self.model``.
+            ValueError: fewer than two columns; gradients are to be cached where there is no fused path.
         """
         features = list(sentence_features)
         model = self._unwrapped_model()
         reason = self._why_not_fused(model, features)
         if reason is None:
             return self._fused(model, features)
+        check_uncached(self, self._caching, reason)
         say_fallback(self, reason)
         return fallback.adaptive_layer_loss(
             model,
@@ -136,43 +152,66 @@ class AdaptiveLayerLoss(nn.Module):
             )
         return model
 
+    def _base_loss(self) -> Any:
+        """The loss of one layer and dim."""
+        return self.loss.loss if type(self.loss) is MatryoshkaLoss else self.loss
+
     def _why_not_fused(self, model: BaseModel, features: list[Features]) -> str | None:
-        base = self.loss
-        if type(base) is MatryoshkaLoss:
-            if pipeline.find_model(base.model) is not model:
-                return "MatryoshkaLoss has another model"
-            base = base.loss
-        return pipeline.why_not_fused(model, base, features)
+        if type(self.loss) is MatryoshkaLoss and pipeline.find_model(self.loss.model) is not model:
+            return "MatryoshkaLoss has another model"
+        return pipeline.why_not_fused(model, self._base_loss(), features)
 
-    def _fused(self, model: BaseModel, features: list[Features]) -> Tensor:
-        # The draws come in the reference loop's order: the final layer's dims, the layers, each layer's dims.
-        final_row = self._row()
-        tokens = pipeline.layer_tokens(self.model, model, features)
-        num_layers = tokens.num_layers
-        weights = [[0.0] * len(final_row) for _ in range(num_layers)]
-        kl_weights = [0.0] * num_layers
-        weights[-1] = [self.last_layer_weight * w for w in final_row]
-        layers = fallback.sample(num_layers - 1, self.n_layers_per_step)
-        for layer in layers:
-            row = self._row()
-            factor = self.get_layer_weight(layer) / len(layers) * self.prior_layers_weight
-            weights[layer] = [factor * w for w in row]
-            kl_weights[layer] = self.kl_div_weight * self.kl_temperature if self.kl_temperature > 0 else 0.0
-        return fused_loss(
-            tokens,
-            len(features),
-            self.loss.loss if isinstance(self.loss, MatryoshkaLoss) else self.loss,
-            pipeline.is_normalized(model),
-            self.deferred,
-            dims=self.loss.grid_dims if isinstance(self.loss, MatryoshkaLoss) else [tokens.states[0].shape[-1]],
-            weights=weights,
-            kl_weights=kl_weights,
-            kl_temperature=self.kl_temperature if self.kl_temperature > 0 else 1.0,
+    def _fused(self, model: Any, features: list[Features]) -> Tensor:
+        step = Step(
+            wrapper=self.model,
+            model=model,
+            loss=pipeline.ranking_loss(self._base_loss()),
+            normalize=pipeline.is_normalized(model),
+            draw=self._draw,
+            cells=self._cells,
+            num_dims=len(self.loss.matryoshka_dims) if isinstance(self.loss, MatryoshkaLoss) else 1,
+            num_states=self._known_num_states(model),
+            merge=merged_alike,
+            deferred=self.deferred,
+            caching=self._caching,
         )
+        loss, num_states = step.run(features)
+        self._seen_states = (_num_modules(model), num_states)
+        return loss
 
-    def _row(self) -> list[float]:
-        """One layer's weights over the dims, drawn anew."""
-        return self.loss.row(self.loss.draw_dims()) if isinstance(self.loss, MatryoshkaLoss) else [1.0]
+    def _known_num_states(self, model: Any) -> int | None:
+        """How many hidden states the encoder returned before. Not where all are asked for again: no layers are
+        drawn, or the encoder is compiled, and would be again for each draw.
+        """
+        if self.n_layers_per_step <= 0 or pipeline.is_compiled(self.model):
+            return None
+        num_modules, num_states = self._seen_states
+        return num_states if num_modules == _num_modules(model) else None
+
+    def _draw(self, num_states: int) -> Draw:
+        """In the reference loop's order: the final layer's dims, the layers, each layer's dims and weight."""
+        draw = {num_states - 1: Drawn(self._draw_dims(), 1.0)}
+        for layer in fallback.sample(num_states - 1, self.n_layers_per_step):
+            dims = self._draw_dims()
+            draw[layer] = Drawn(dims, self.get_layer_weight(layer))
+        return draw
+
+    def _draw_dims(self) -> Sequence[int]:
+        return self.loss.draw_dims() if isinstance(self.loss, MatryoshkaLoss) else (0,)
+
+    def _cells(self, draw: Draw, width: int) -> Cells:
+        *earlier, final = sorted(draw)
+        factors = [draw[j].weight / len(earlier) * self.prior_layers_weight for j in earlier]
+        has_kl = self.kl_temperature > 0
+        kl_weight = self.kl_div_weight * self.kl_temperature if has_kl else 0.0
+        matryoshka = isinstance(self.loss, MatryoshkaLoss)
+        rows = [self.loss.row(draw[j].dims) if matryoshka else [1.0] for j in (*earlier, final)]
+        return Cells(
+            dims=self.loss.grid_dims if matryoshka else [width],
+            weights=[[f * w for w in row] for f, row in zip((*factors, self.last_layer_weight), rows, strict=True)],
+            kl_weights=[kl_weight] * len(earlier) + [0.0],
+            kl_temperature=self.kl_temperature if has_kl else 1.0,
+        )
 
     def get_config_dict(self) -> dict[str, Any]:
         """What the model card says of this loss."""
@@ -201,3 +240,8 @@ class AdaptiveLayerLoss(nn.Module):
     primaryClass={cs.CL}
 }
 """
+
+
+def _num_modules(model: Any) -> int:
+    """Of the encoder. It changes where layers are cut off or adapters are added."""
+    return sum(1 for _ in model[0].modules())

@@ -5,8 +5,7 @@ same states again, cut to a layer or a dimension; it is restored whatever happen
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,18 +13,7 @@ import torch.nn.functional as F
 from sentence_transformers.base.losses.merged_forward import column_merging_disabled
 from torch import Tensor
 
-from .pipeline import Features, all_hidden_states
-
-
-@contextmanager
-def replaced_forward(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
-    """``module.forward = forward`` for the duration of the block."""
-    before = module.forward
-    try:
-        module.forward = forward
-        yield
-    finally:
-        module.forward = before
+from .embed import Features, replaced_forward, returned_states
 
 
 def sample(population: int, count: int) -> Sequence[int]:
@@ -87,7 +75,7 @@ class LayerForward:
     def __call__(self, features: Features, **kwargs: Any) -> Features:
         if self.layer is not None:
             return {**features, "token_embeddings": features["all_layer_embeddings"][self.layer]}
-        with all_hidden_states(self.model):
+        with returned_states(self.model, True):
             output = self.forward(features, **kwargs)
         self.num_layers = len(output["all_layer_embeddings"])
         return output

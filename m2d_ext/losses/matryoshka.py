@@ -4,14 +4,16 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses.gradcache import uses_gradient_cache
 from torch import Tensor, nn
 
-from ..arguments import Tokens
-from ..functional import loss_of_tokens
 from . import fallback, pipeline
-from .pipeline import Features
+from .cached import Caching, choose_caching, read_caching
+from .embed import Features, merged_candidates
+from .gather import Draw, Drawn
+from .step import Cells, Step
 
 logger = logging.getLogger("m2d_ext")
 
@@ -23,19 +25,10 @@ def say_fallback(loss: nn.Module, reason: str) -> None:
         logger.warning("%s is falling back to the loop: %s.", type(loss).__name__, reason)
 
 
-def fused_loss(
-    tokens: Tokens, num_columns: int, base_loss: Any, normalize: bool, deferred: bool = False, **grid: Any
-) -> Tensor:
-    """The grid's loss with an in-batch ranking loss as its cells.
-
-    Raises:
-        ValueError: fewer than two columns.
-    """
-    if num_columns < 2:
-        raise ValueError(f"Expected at least 2 embeddings, got {num_columns}")
-    options = {"num_columns": num_columns, "scale": base_loss.scale, "normalize": normalize}
-    loss, *_ = loss_of_tokens(tokens, deferred=deferred, **options, **grid)
-    return loss
+def check_uncached(loss: nn.Module, caching: Caching | None, reason: str) -> None:
+    """ValueError where gradients are to be cached and only the reference loop would do."""
+    if caching is not None and torch.is_grad_enabled():
+        raise ValueError(f"{type(loss).__name__} cannot cache gradients (mini_batch_size) here: {reason}")
 
 
 class MatryoshkaLoss(nn.Module):
@@ -53,9 +46,15 @@ class MatryoshkaLoss(nn.Module):
         matryoshka_dims: dimensions, in any order.
         matryoshka_weights: one weight per dimension; None: 1 each.
         n_dims_per_step: how many dims to draw per step; -1 for all.
+        mini_batch_size: embed so many texts of a column at a time, twice, and keep the activations of no more
+            (gradient caching). None: the whole batch at once, or as a ``CachedMultipleNegativesRankingLoss`` says.
+        mini_batch_num_tokens: as many texts at a time as have so many tokens, padding apart, in place of that.
+        show_progress_bar: whether to show one over the mini-batches.
 
     Raises:
-        ValueError: no dims, dims <= 0 or above the model's, or weights of another length.
+        TypeError: a size of mini-batches is not an int.
+        ValueError: no dims, dims <= 0 or above the model's, or weights of another length; a size of mini-batches that
+            is not positive or given twice.
     """
 
     # Any, because the Trainer puts a wrapper in the model's place.
@@ -69,6 +68,10 @@ class MatryoshkaLoss(nn.Module):
         matryoshka_dims: Sequence[int],
         matryoshka_weights: Sequence[float] | Sequence[int] | None = None,
         n_dims_per_step: int = -1,
+        *,
+        mini_batch_size: int | None = None,
+        mini_batch_num_tokens: int | None = None,
+        show_progress_bar: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
@@ -87,6 +90,7 @@ class MatryoshkaLoss(nn.Module):
         self.matryoshka_dims: tuple[int, ...] = tuple(dim for dim, _ in pairs)
         self.matryoshka_weights: tuple[float, ...] = tuple(weight for _, weight in pairs)
         self.n_dims_per_step = n_dims_per_step
+        self._caching = choose_caching(read_caching(mini_batch_size, mini_batch_num_tokens, show_progress_bar), loss)
         self.uses_gradient_cache = uses_gradient_cache(loss)
         if self.uses_gradient_cache:
             loss.calculate_loss = fallback.CachedDims(
@@ -118,29 +122,43 @@ class MatryoshkaLoss(nn.Module):
 
         Returns:
             A scalar.
+
+        Raises:
+            ValueError: fewer than two columns; gradients are to be cached where there is no fused path.
         """
-        if self.uses_gradient_cache:
-            say_fallback(self, f"{type(self.loss).__name__} caches gradients")
-            return self.loss(sentence_features, labels)
         features = list(sentence_features)
         model = pipeline.find_model(self.model)
         reason = pipeline.why_not_fused(model, self.loss, features)
-        drawn = self.draw_dims()
-        if reason is not None:
+        if reason is None:
+            return self._fused(model, features)
+        if self.uses_gradient_cache:
             say_fallback(self, reason)
-            return fallback.matryoshka_loss(
-                self.model, self.loss, self.matryoshka_dims, self.matryoshka_weights, drawn, features, labels
-            )
-        return fused_loss(
-            pipeline.final_tokens(self.model, model, features),
-            len(features),
-            self.loss,
-            pipeline.is_normalized(model),
-            dims=self.grid_dims,
-            weights=[self.row(drawn)],
-            kl_weights=None,
-            kl_temperature=1.0,
+            return self.loss(features, labels)
+        check_uncached(self, self._caching, reason)
+        drawn = self.draw_dims()
+        say_fallback(self, reason)
+        return fallback.matryoshka_loss(
+            self.model, self.loss, self.matryoshka_dims, self.matryoshka_weights, drawn, features, labels
         )
+
+    def _fused(self, model: Any, features: list[Features]) -> Tensor:
+        step = Step(
+            wrapper=self.model,
+            model=model,
+            loss=pipeline.ranking_loss(self.loss),
+            normalize=pipeline.is_normalized(model),
+            draw=lambda _: {0: Drawn(self.draw_dims(), 1.0)},
+            cells=self._cells,
+            num_dims=len(self.matryoshka_dims),
+            num_states=1,  # none but the final one
+            merge=merged_candidates,
+            deferred=False,
+            caching=self._caching,
+        )
+        return step.run(features)[0]
+
+    def _cells(self, draw: Draw, _: int) -> Cells:
+        return Cells(self.grid_dims, [self.row(draw[0].dims)], [0.0], 1.0)
 
     def get_config_dict(self) -> dict[str, Any]:
         """What the model card says of this loss."""

@@ -31,9 +31,12 @@ class Matryoshka2dLoss(AdaptiveLayerLoss):
         kl_temperature: T; no KL if <= 0.
         layer_weighting: as in :class:`AdaptiveLayerLoss`.
         deferred: as there.
+        mini_batch_size: as there.
+        mini_batch_num_tokens: as there.
+        show_progress_bar: as there.
 
     Raises:
-        ValueError: as the two losses that it is made of.
+        TypeError, ValueError: as the two losses that it is made of.
     """
 
     def __init__(
@@ -51,6 +54,9 @@ class Matryoshka2dLoss(AdaptiveLayerLoss):
         layer_weighting: LayerWeighting = "uniform",
         *,
         deferred: bool = True,
+        mini_batch_size: int | None = None,
+        mini_batch_num_tokens: int | None = None,
+        show_progress_bar: bool = False,
     ) -> None:
         super().__init__(
             model,
@@ -62,6 +68,9 @@ class Matryoshka2dLoss(AdaptiveLayerLoss):
             kl_temperature=kl_temperature,
             layer_weighting=layer_weighting,
             deferred=deferred,
+            mini_batch_size=mini_batch_size,
+            mini_batch_num_tokens=mini_batch_num_tokens,
+            show_progress_bar=show_progress_bar,
         )
 
     def get_config_dict(self) -> dict[str, Any]:

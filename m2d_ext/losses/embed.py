@@ -1,0 +1,156 @@
+"""From feature dicts to hidden states: which are asked of the model, and in how many calls."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from sentence_transformers.base.losses.merged_forward import merge_feature_batches
+from torch import Tensor, nn
+
+from ..arguments import Tokens
+from ..pooling import padded_coefficients
+from ..reference import accumulate_dtype
+
+Features = dict[str, Any]
+
+# Columns share a call where padding them to one width adds at most this share of tokens.
+MERGED_PADDING = 0.1
+
+
+@contextmanager
+def replaced_forward(module: Any, forward: Any) -> Iterator[None]:
+    """``module.forward = forward`` for the duration of the block."""
+    before = vars(module).get("forward")
+    try:
+        module.forward = forward
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
+@contextmanager
+def returned_states(model: Any, wanted: bool | list[int]) -> Iterator[None]:
+    """Let the encoder return every layer's hidden states, or those of some, and leave its configuration as it was.
+
+    A list is what transformers takes from 5.23 on, with None in place of the others; before, it counts as True.
+    """
+    config = model[0].auto_model.config
+    before = config.output_hidden_states
+    try:
+        config.output_hidden_states = wanted
+        yield
+    finally:
+        config.output_hidden_states = before
+
+
+def embed(
+    wrapper: nn.Module, model: Any, batches: Sequence[Features], earlier: Sequence[int] | None
+) -> tuple[Tokens, int]:
+    """Call the model on feature batches.
+
+    Args:
+        wrapper: what is called: the model itself, or what wraps it.
+        model: the SentenceTransformer: Transformer, Pooling, perhaps Normalize. Only the first one runs.
+        batches: feature dicts, which are left as they are.
+        earlier: indices of the earlier hidden states that are wanted, ascending; None: all.
+
+    Returns:
+        The hidden states, one block per batch, the final one last and as the encoder's own output, with the
+        coefficients of the model's ``Pooling``; and how many states the encoder has.
+
+    Raises:
+        RuntimeError: the encoder did not return a state that it was asked for.
+    """
+    with ExitStack() as stack:
+        if earlier is None:
+            stack.enter_context(returned_states(model, True))
+        elif earlier:
+            stack.enter_context(returned_states(model, list(earlier)))
+        for module in list(model.children())[1:]:
+            stack.enter_context(replaced_forward(module, _pass_on))
+        # Copies: the modules write their outputs into the dicts, and the caller's would keep all states alive.
+        outputs = [wrapper(dict(batch)) for batch in batches]
+    # An encoder without layers returns none.
+    num_states = max(1, len(outputs[0].get("all_layer_embeddings", ())))
+    chosen = range(num_states - 1) if earlier is None else earlier
+    return _tokens([_states(output, chosen) for output in outputs], outputs, model[1]), num_states
+
+
+def _pass_on(features: Features, **_: Any) -> Features:
+    """A module's forward that does nothing: the loss pools by itself."""
+    return features
+
+
+def _states(output: Features, earlier: Iterable[int]) -> list[Tensor]:
+    final = output["token_embeddings"]
+    states = [output["all_layer_embeddings"][layer] for layer in earlier]
+    if any(state is None for state in states):
+        raise RuntimeError("the encoder did not return the hidden states that its output_hidden_states asked for")
+    return [*states, final]
+
+
+def merged_candidates(columns: Sequence[Features]) -> list[Features]:
+    """The anchors, and all candidates in one batch where they have the same features: sentence-transformers' calls."""
+    return [columns[0], *_merged(columns[1:])]
+
+
+def merged_alike(columns: Sequence[Features]) -> list[Features]:
+    """Columns that follow each other in one batch each where that adds little padding."""
+    groups: list[list[Features]] = []
+    for column in columns:
+        if groups and _is_alike([*groups[-1], column]):
+            groups[-1].append(column)
+        else:
+            groups.append([column])
+    return list(itertools.chain.from_iterable(map(_merged, groups)))
+
+
+def _is_alike(columns: Sequence[Features]) -> bool:
+    widths = [column["input_ids"].shape[-1] if "input_ids" in column else 0 for column in columns]
+    return max(widths) * len(widths) <= (1 + MERGED_PADDING) * sum(widths)
+
+
+def _merged(columns: Sequence[Features]) -> list[Features]:
+    merged = merge_feature_batches(list(columns)) if len(columns) > 1 else None
+    return list(columns) if merged is None else [merged]
+
+
+def _tokens(states: Sequence[Sequence[Tensor]], outputs: Sequence[Features], pooling: Any) -> Tokens:
+    """Blocks of states (calls × layers) and the coefficients of sentence-transformers' ``Pooling`` for them."""
+    dtype = _common_dtype(state.dtype for block in states for state in block)
+    tables = [
+        padded_coefficients(
+            _mask(output, block[-1]),
+            pooling.pooling_mode,
+            accumulate_dtype(dtype),
+            prompt_length=0 if pooling.include_prompt else _prompt_length(output),
+        )
+        for output, block in zip(outputs, states, strict=True)
+    ]
+    layer_major = [state.to(dtype) for layer in zip(*states, strict=True) for state in layer]
+    return Tokens(layer_major, tables, maximum=pooling.pooling_mode == "max")
+
+
+def _mask(features: Features, states: Tensor) -> Tensor:
+    mask = features.get("attention_mask")
+    if mask is not None and mask.shape[-1] == states.shape[1]:
+        return mask
+    return torch.ones(states.shape[:2], dtype=torch.int64, device=states.device)
+
+
+def _prompt_length(features: Features) -> int:
+    length = features.get("prompt_length", 0)
+    return int(length[0]) if isinstance(length, Tensor) else int(length)
+
+
+def _common_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """Autocast leaves some layers in float32 and others in a half type."""
+    common, *others = set(dtypes)
+    for dtype in others:
+        common = torch.promote_types(common, dtype)
+    return common
