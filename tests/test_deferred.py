@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import peft
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -252,8 +254,16 @@ def test_no_second_derivative() -> None:
         (loss_of(encoder, True) + sum(s.square().sum() for s in encoder(tokens()[0][0]))).backward(create_graph=True)
 
 
-def model_gradients(architecture: str, deferred: bool, checkpointing: bool | None, frozen: bool) -> dict[str, Tensor]:
+def model_gradients(
+    architecture: str,
+    deferred: bool,
+    checkpointing: bool | None = None,
+    frozen: bool = False,
+    prepare: Callable[[SentenceTransformer], Any] = lambda model: model,
+) -> dict[str, Tensor]:
+    """``prepare`` changes the model, and may return what wraps it, as a Trainer puts it into the loss."""
     model = tiny_model(architecture).double()
+    wrapper = prepare(model)
     if checkpointing is not None:
         model[0].auto_model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
     if frozen:
@@ -267,6 +277,7 @@ def model_gradients(architecture: str, deferred: bool, checkpointing: bool | Non
         n_dims_per_step=-1,
         deferred=deferred,
     ).train()
+    loss.model = loss.loss.model = loss.loss.loss.model = wrapper
     generator = torch.Generator().manual_seed(0)
     texts = [[sentence(n, generator) for n in lengths] for lengths in ([3, 5, 7, 2], [4, 1, 6, 9])]
     loss(features_of(model, texts), None).backward()
@@ -281,13 +292,63 @@ MODELS = [case for case in MODELS if case[0] != "mpnet" or case[1] is None]  # h
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize(("architecture", "checkpointing"), MODELS)
 def test_models(architecture: str, checkpointing: bool | None, frozen: bool, calls: dict[str, int]) -> None:
-    found = model_gradients(architecture, True, checkpointing, frozen)
+    assert_same_model_gradients(calls, architecture, checkpointing, frozen)
     assert calls["added"] > 0
-    expected = model_gradients(architecture, False, checkpointing, frozen)
+
+
+def assert_same_model_gradients(calls: dict[str, int], *arguments: Any, **options: Any) -> None:
+    found = model_gradients(arguments[0], True, *arguments[1:], **options)
+    added = calls["added"]
+    expected = model_gradients(arguments[0], False, *arguments[1:], **options)
+    assert calls["added"] == added
     assert found.keys() == expected.keys()
     scale = max(grad.norm().item() for grad in expected.values())
     for name, grad in expected.items():
         assert (found[name] - grad).norm().item() <= 1e-12 * scale, name
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("checkpointing", [None, False])  # reentrant, no input requires grad: none without us either
+@pytest.mark.parametrize(("architecture", "target"), [("bert", "query"), ("qwen3", "q_proj"), ("modernbert", "Wqkv")])
+def test_lora(architecture: str, target: str, checkpointing: bool | None, calls: dict[str, int]) -> None:
+    def add_adapter(model: SentenceTransformer) -> SentenceTransformer:
+        torch.manual_seed(0)
+        model.add_adapter(peft.LoraConfig(r=2, target_modules=[target], init_lora_weights=False))
+        assert sum(p.requires_grad for p in model.parameters()) > 0
+        return model.double()
+
+    assert_same_model_gradients(calls, architecture, checkpointing, prepare=add_adapter)
+    assert calls["added"] > 0
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("architecture", ["bert", "modernbert"])
+def test_compiled_model(architecture: str, calls: dict[str, int]) -> None:
+    """All states of a compiled model come out of one node: they get dense gradients."""
+    assert_same_model_gradients(
+        calls, architecture, prepare=lambda model: torch.compile(model, backend="aot_eager", dynamic=False)
+    )
+    assert calls["added"] == 0
+
+
+def test_gradient_scaler() -> None:
+    """Half-precision training multiplies the loss by a large number and divides the gradients by it."""
+    model = tiny_model()
+    loss = m2d_ext.Matryoshka2dLoss(model, MultipleNegativesRankingLoss(model), [HIDDEN, 8], None, -1, -1)
+    columns = [["w1 w2", "w3"], ["w4", "w5 w6 w7"]]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    results = []
+    for scale in (lambda value: value, scaler.scale):
+        optimizer.zero_grad()
+        scale(loss(features_of(model, columns), None)).backward()
+        if results:
+            scaler.unscale_(optimizer)
+        results.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    scaler.step(optimizer)
+    total = torch.stack([grad.norm() for grad in results[0]]).norm()
+    for found, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * total.item())
 
 
 class CountedOperations(TorchDispatchMode):

@@ -1,0 +1,166 @@
+"""What the losses ask of the model: how many calls, which hidden states, nothing twice, and nothing left behind."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+from torch import nn
+
+import m2d_ext
+from m2d_ext.losses import embed
+from tiny_models import CONFIGS, HIDDEN, features_of, sentence, tiny_model
+
+LAYERS = 5
+
+
+class Recorder:
+    """The calls of an encoder: the shape of each one's input, and which states came back."""
+
+    def __init__(self, model: SentenceTransformer) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+        self.states: list[list[int]] = []
+        # No hook: sentence-transformers calls the encoder's forward by its name.
+        self._forward = model[0].auto_model.forward
+        model[0].auto_model.forward = self._record
+
+    def _record(self, **inputs: Any) -> Any:
+        output = self._forward(**inputs)
+        self.shapes.append(tuple(inputs["input_ids"].shape))
+        states = output.get("hidden_states") or ()
+        self.states.append([i for i, state in enumerate(states) if state is not None])
+        return output
+
+
+def loss_of(model: SentenceTransformer, **options: Any) -> nn.Module:
+    return m2d_ext.Matryoshka2dLoss(
+        model, MultipleNegativesRankingLoss(model), [HIDDEN, 8], **({"n_layers_per_step": -1} | options)
+    )
+
+
+def columns_of(model: SentenceTransformer, lengths: tuple[int, ...]) -> list[dict[str, Any]]:
+    """One column of three texts per length."""
+    generator = torch.Generator().manual_seed(0)
+    return features_of(model, [[sentence(length, generator) for _ in range(3)] for length in lengths])
+
+
+SELECTING = [name for name in CONFIGS if name != "mpnet"]  # which returns all states whatever it is asked for
+
+
+@pytest.mark.parametrize("mini_batch_size", [None, 2])
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_only_drawn_states_are_asked_for(architecture: str, mini_batch_size: int | None) -> None:
+    model = tiny_model(architecture, num_layers=LAYERS)
+    loss = loss_of(model, n_layers_per_step=2, mini_batch_size=mini_batch_size)
+    recorder = Recorder(model)
+    for step in range(5):
+        random.seed(step)
+        state = random.getstate()
+        loss(columns_of(model, (4, 4)), None).backward()
+        random.setstate(state)
+        random.sample(range(2), 1)  # the final layer's dims
+        drawn = sorted(random.sample(range(LAYERS), 2))
+        everything = step == 0 or architecture not in SELECTING  # the first step learns how many there are
+        expected = list(range(LAYERS + 1)) if everything else drawn
+        assert recorder.states == [expected] * (1 if mini_batch_size is None else 8)
+        recorder.states.clear()
+    assert not model[0].auto_model.config.output_hidden_states
+
+
+def test_dims_alone_ask_for_no_states() -> None:
+    model = tiny_model()
+    recorder = Recorder(model)
+    loss = m2d_ext.MatryoshkaLoss(model, MultipleNegativesRankingLoss(model), [HIDDEN, 8])
+    loss(columns_of(model, (4, 4)), None)
+    assert recorder.states == [[], []]
+
+
+def test_layers_that_were_cut_off_are_not_drawn() -> None:
+    """The surgery that users are taught, between two steps: how many states there are is learned anew."""
+    model = tiny_model(num_layers=LAYERS)
+    loss = loss_of(model, n_layers_per_step=1)
+    loss(columns_of(model, (4, 4)), None)
+    model[0].auto_model.encoder.layer = model[0].auto_model.encoder.layer[:2]
+    recorder = Recorder(model)
+    for _ in range(8):
+        loss(columns_of(model, (4, 4)), None).backward()
+    assert {state for states in recorder.states[1:] for state in states} == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("lengths", "shapes"),
+    [
+        ((8, 8), [(6, 10)]),
+        ((8, 7), [(6, 10)]),
+        ((3, 8), [(3, 5), (3, 10)]),
+        ((3, 8, 8, 20), [(3, 5), (6, 10), (3, 22)]),
+        ((8, 3, 8), [(3, 10), (3, 5), (3, 10)]),
+    ],
+    ids=str,
+)
+def test_columns_of_like_width_share_a_call(lengths: tuple[int, ...], shapes: list[tuple[int, int]]) -> None:
+    model = tiny_model().double()
+    recorder = Recorder(model)
+    loss = loss_of(model, n_dims_per_step=-1)
+    loss(columns_of(model, lengths), None).backward()
+    assert recorder.shapes == shapes
+    merged = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embed, "MERGED_PADDING", -1.0)
+        loss(columns_of(model, lengths), None).backward()
+    assert len(recorder.shapes) == len(shapes) + len(lengths)
+    for name, grad in merged.items():
+        torch.testing.assert_close(grad, model.get_parameter(name).grad, rtol=1e-9, atol=1e-12)
+
+
+def test_modules_after_the_encoder_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fused loss pools and normalises by itself."""
+    model = tiny_model(normalize=True)
+    columns = columns_of(model, (4, 9))
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("ran")
+
+    monkeypatch.setattr(Pooling, "forward", fail)
+    monkeypatch.setattr(Normalize, "forward", fail)
+    loss_of(model)(columns, None).backward()
+    with pytest.raises(AssertionError, match="ran"):
+        model(columns[0])
+
+
+class Broken(Exception):
+    pass
+
+
+@pytest.mark.parametrize("mini_batch_size", [None, 2])
+def test_nothing_stays_changed_after_an_exception(mini_batch_size: int | None) -> None:
+    model = tiny_model(normalize=True, num_layers=LAYERS)
+    loss = loss_of(model, mini_batch_size=mini_batch_size, n_layers_per_step=2)
+    loss(columns_of(model, (4, 9)), None)
+
+    def fail(*_: Any) -> None:
+        raise Broken
+
+    handle = model[0].auto_model.encoder.layer[1].register_forward_hook(fail)
+    with pytest.raises(Broken):
+        loss(columns_of(model, (4, 9)), None)
+    handle.remove()
+    assert model[0].auto_model.config.output_hidden_states is False
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert model(columns_of(model, (4,))[0])["sentence_embedding"].shape == (3, HIDDEN)
+
+
+def test_features_are_left_as_they_are() -> None:
+    model = tiny_model()
+    columns = columns_of(model, (4, 9))
+    before = [dict(column) for column in columns]
+    loss_of(model)(columns, None).backward()
+    for column, expected in zip(columns, before, strict=True):
+        assert column.keys() == expected.keys()
+        assert all(column[key] is expected[key] for key in expected)
