@@ -14,7 +14,7 @@ from sentence_transformers.sentence_transformer import losses as st_losses
 from torch import Tensor, nn
 
 import m2d_ext
-from m2d_ext.losses import cached, embed
+from m2d_ext.losses import cached
 from tiny_models import HIDDEN, features_of, sentence, tiny_model
 
 DIMS = [HIDDEN, 8, 4]
@@ -98,7 +98,7 @@ class Uncached(cached.MiniBatches):
     """The same mini-batches, drawing the same dropout, with all their graphs kept: no gradient caching."""
 
     def whole(self) -> Tensor:
-        tokens = [embed.embed(self._wrapper, self._model, [part], None)[0] for part in self._parts]
+        tokens = [self._embed([part], None)[0] for part in self._parts]
         return torch.cat([m2d_ext.functional.pool_of_tokens(each) for each in tokens], dim=1)
 
 
@@ -233,7 +233,7 @@ def test_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
         ({"mini_batch_num_tokens": -1}, ValueError, "mini_batch_num_tokens must be positive or None, got -1"),
         ({"mini_batch_size": 2, "base": caching_base}, ValueError, "mini_batch_size.* has its own"),
     ],
-    ids=str,
+    ids=["zero", "float", "negative", "twice"],
 )
 def test_bad_sizes(options: dict[str, Any], error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):

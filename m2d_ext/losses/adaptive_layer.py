@@ -2,8 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, TypeAlias
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
 
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses.gradcache import uses_gradient_cache
@@ -11,14 +11,14 @@ from sentence_transformers.base.model import BaseModel
 from sentence_transformers.base.modules import Transformer
 from torch import Tensor, nn
 
+from ..architecture import final_norm as find_final_norm
 from . import fallback, pipeline
 from .cached import choose_caching, read_caching
 from .embed import Features, merged_alike
 from .gather import Draw, Drawn
 from .matryoshka import MatryoshkaLoss, check_uncached, say_fallback
+from .recipe import LayerWeighting, check_below, choose_layers, read_layers, read_weighting
 from .step import Cells, Step
-
-LayerWeighting: TypeAlias = Literal["uniform", "log", "linear"] | Callable[[int], float]
 
 
 class AdaptiveLayerLoss(nn.Module):
@@ -43,8 +43,14 @@ class AdaptiveLayerLoss(nn.Module):
         prior_layers_weight: weight of the mean of the earlier layers' losses.
         kl_div_weight: weight of the KL.
         kl_temperature: T; no KL if <= 0.
-        layer_weighting: w(j): "uniform" 1, "log" 1 / (1 + ln(1 + j)), "linear" 1 / (1 + j), or a function of j.
+        layer_weighting: w(j): "uniform" 1, "log" 1 / (1 + ln(1 + j)), "linear" 1 / (1 + j), a list with one number per
+            earlier layer, or a function of j.
 
+        layers: earlier layers to train in every step, in place of a draw.
+        final_norm: "apply" gives the earlier layers the encoder's final norm, if it has one: a pre-norm model that is
+            cut to fewer layers applies it, so that this trains what will be served. "skip": as sentence-transformers.
+        log_cells: return a dict of the weighted losses of all cells and KLs, which a Trainer adds up and logs. Not in
+            the reference loop, which returns their sum alone.
         deferred: whether the earlier layers' gradients are added where autograd brings those layers' own, which takes
             less memory and time for the same values; wherever that cannot be, they are dense all the same.
         mini_batch_size: embed so many texts of a column at a time, twice, and keep the activations of no more
@@ -53,8 +59,9 @@ class AdaptiveLayerLoss(nn.Module):
         show_progress_bar: whether to show one over the mini-batches.
 
     Raises:
-        TypeError: a size of mini-batches is not an int.
-        ValueError: an unknown ``layer_weighting``, or a size of mini-batches that is not positive or given twice.
+        TypeError: a layer or a size of mini-batches is not an int.
+        ValueError: an unknown ``layer_weighting`` or ``final_norm``; ``layers`` empty, negative, repeated or with
+            ``n_layers_per_step``; a size of mini-batches that is not positive or given twice.
     """
 
     # Any, because the Trainer puts a wrapper in the model's place.
@@ -72,6 +79,9 @@ class AdaptiveLayerLoss(nn.Module):
         kl_temperature: float = 0.3,
         layer_weighting: LayerWeighting = "uniform",
         *,
+        layers: Sequence[int] | None = None,
+        final_norm: Literal["skip", "apply"] = "skip",
+        log_cells: bool = False,
         deferred: bool = True,
         mini_batch_size: int | None = None,
         mini_batch_num_tokens: int | None = None,
@@ -85,13 +95,17 @@ class AdaptiveLayerLoss(nn.Module):
         self.prior_layers_weight = prior_layers_weight
         self.kl_div_weight = kl_div_weight
         self.kl_temperature = kl_temperature
-        self.layer_weighting = layer_weighting
+        self.layer_weighting = read_weighting(layer_weighting)
+        self.layers = read_layers(layers, n_layers_per_step)
+        self.pairs: dict[int, list[int]] | None = None  # Matryoshka2dLoss: by layer, the indices of its dims
+        if final_norm not in ("skip", "apply"):
+            raise ValueError(f"final_norm must be 'skip' or 'apply', got {final_norm!r}")
+        self.final_norm = final_norm
+        self.log_cells = log_cells
         self.deferred = deferred
-        self._seen_states = (0, 0)  # modules of the encoder, and the hidden states that it returned
-        if not callable(layer_weighting) and layer_weighting not in ("uniform", "log", "linear"):
-            raise ValueError(
-                f'layer_weighting must be "uniform", "log", "linear", or a callable, but got {layer_weighting!r}.'
-            )
+        # Learned from the encoder, each with how many modules that had.
+        self._seen_states = (0, 0)
+        self._seen_norm: tuple[int, nn.Module | None] = (0, None)
         assert isinstance(self.model[0], Transformer)
         own = read_caching(mini_batch_size, mini_batch_num_tokens, show_progress_bar)
         self._caching = choose_caching(own, loss)
@@ -100,15 +114,17 @@ class AdaptiveLayerLoss(nn.Module):
 
     def get_layer_weight(self, layer_idx: int) -> float:
         """w(layer_idx)."""
-        if not isinstance(self.layer_weighting, str):
+        if callable(self.layer_weighting):
             return self.layer_weighting(layer_idx)
+        if isinstance(self.layer_weighting, list):
+            return self.layer_weighting[layer_idx]
         if self.layer_weighting == "log":
             return 1.0 / (1.0 + math.log(1 + layer_idx))
         if self.layer_weighting == "linear":
             return 1.0 / (1 + layer_idx)
         return 1.0
 
-    def forward(self, sentence_features: Iterable[Features], labels: Tensor) -> Tensor:
+    def forward(self, sentence_features: Iterable[Features], labels: Tensor) -> Tensor | dict[str, Tensor]:
         """The loss of one batch.
 
         Args:
@@ -116,11 +132,12 @@ class AdaptiveLayerLoss(nn.Module):
             labels: passed to the base loss.
 
         Returns:
-            A scalar.
+            A scalar; or the scalars that add up to it (``log_cells``).
 
         Raises:
             TypeError: no SentenceTransformer inside ``self.model``.
-            ValueError: fewer than two columns; gradients are to be cached where there is no fused path.
+            ValueError: fewer than two columns; layers that the model does not have; gradients are to be cached where
+                there is no fused path.
         """
         features = list(sentence_features)
         model = self._unwrapped_model()
@@ -131,16 +148,36 @@ class AdaptiveLayerLoss(nn.Module):
         say_fallback(self, reason)
         return fallback.adaptive_layer_loss(
             model,
-            self.loss,
-            features,
-            labels,
-            layers_per_step=self.n_layers_per_step,
-            last_layer_weight=self.last_layer_weight,
+            lambda layer: self._loop(layer, features, labels),
+            self._choose_layers,
+            norm=self._norm(model),
+            last_layer_weight=self._last_layer_weight,
             prior_layers_weight=self.prior_layers_weight,
             layer_weight=self.get_layer_weight,
             kl_weight=self.kl_div_weight,
             kl_temperature=self.kl_temperature,
         )
+
+    def _loop(self, layer: int, features: list[Features], labels: Tensor) -> Tensor:
+        """The base loss of one layer, -1 for the final one; with pairs, over that layer's dims."""
+        if self.pairs is None:
+            return self.loss(features, labels)
+        return self.loss.loop(features, labels, self.pairs[max(self.pairs) if layer == -1 else layer])
+
+    def _last_layer_weight(self, num_states: int) -> float:
+        """0 for a final layer that is in no pair: it only teaches."""
+        return self.last_layer_weight if self.pairs is None or num_states - 1 in self.pairs else 0.0
+
+    def _choose_layers(self, num_states: int) -> Sequence[int]:
+        if isinstance(self.layer_weighting, list) and len(self.layer_weighting) != num_states - 1:
+            raise ValueError(
+                f"layer_weighting must have one number per earlier layer, {num_states - 1} for this model, "
+                f"got {len(self.layer_weighting)}"
+            )
+        if self.pairs is None:
+            return choose_layers(num_states, self.layers, self.n_layers_per_step)
+        check_below("pairs", list(self.pairs), num_states)
+        return [layer for layer in self.pairs if layer < num_states - 1]
 
     def _unwrapped_model(self) -> BaseModel:
         model = pipeline.find_model(self.model)
@@ -161,7 +198,7 @@ class AdaptiveLayerLoss(nn.Module):
             return "MatryoshkaLoss has another model"
         return pipeline.why_not_fused(model, self._base_loss(), features)
 
-    def _fused(self, model: Any, features: list[Features]) -> Tensor:
+    def _fused(self, model: Any, features: list[Features]) -> Tensor | dict[str, Tensor]:
         step = Step(
             wrapper=self.model,
             model=model,
@@ -172,31 +209,45 @@ class AdaptiveLayerLoss(nn.Module):
             num_dims=len(self.loss.matryoshka_dims) if isinstance(self.loss, MatryoshkaLoss) else 1,
             num_states=self._known_num_states(model),
             merge=merged_alike,
+            norm=self._norm(model),
             deferred=self.deferred,
             caching=self._caching,
         )
-        loss, num_states = step.run(features)
-        self._seen_states = (_num_modules(model), num_states)
-        return loss
+        result = step.run(features)
+        self._seen_states = (_num_modules(model), result.num_states)
+        return result.components("layer_{}_dim_{}", "layer_{}_kl") if self.log_cells else result.loss
+
+    def _norm(self, model: Any) -> nn.Module | None:
+        """What the earlier hidden states pass through before they are pooled."""
+        if self.final_norm == "skip":
+            return None
+        num_modules = _num_modules(model)
+        if self._seen_norm[0] != num_modules:
+            self._seen_norm = (num_modules, find_final_norm(model[0]))
+        return self._seen_norm[1]
 
     def _known_num_states(self, model: Any) -> int | None:
-        """How many hidden states the encoder returned before. Not where all are asked for again: no layers are
-        drawn, or the encoder is compiled, and would be again for each draw.
+        """How many hidden states the encoder returned before. Not where all are asked for again: all layers are
+        trained, or the encoder is compiled, and would be again for each draw.
         """
-        if self.n_layers_per_step <= 0 or pipeline.is_compiled(self.model):
+        is_all = self.n_layers_per_step <= 0 and self.layers is None and self.pairs is None
+        if is_all or pipeline.is_compiled(self.model):
             return None
         num_modules, num_states = self._seen_states
         return num_states if num_modules == _num_modules(model) else None
 
     def _draw(self, num_states: int) -> Draw:
         """In the reference loop's order: the final layer's dims, the layers, each layer's dims and weight."""
-        draw = {num_states - 1: Drawn(self._draw_dims(), 1.0)}
-        for layer in fallback.sample(num_states - 1, self.n_layers_per_step):
-            dims = self._draw_dims()
+        final = num_states - 1
+        draw = {final: Drawn(self._draw_dims(final), 1.0)}
+        for layer in self._choose_layers(num_states):
+            dims = self._draw_dims(layer)
             draw[layer] = Drawn(dims, self.get_layer_weight(layer))
         return draw
 
-    def _draw_dims(self) -> Sequence[int]:
+    def _draw_dims(self, layer: int) -> Sequence[int]:
+        if self.pairs is not None:
+            return self.pairs.get(layer, ())
         return self.loss.draw_dims() if isinstance(self.loss, MatryoshkaLoss) else (0,)
 
     def _cells(self, draw: Draw, width: int) -> Cells:
@@ -216,7 +267,7 @@ class AdaptiveLayerLoss(nn.Module):
     def get_config_dict(self) -> dict[str, Any]:
         """What the model card says of this loss."""
         weighting = self.layer_weighting
-        name = weighting if isinstance(weighting, str) else getattr(weighting, "__name__", "custom")
+        name = getattr(weighting, "__name__", "custom") if callable(weighting) else weighting
         return {
             "loss": type(self.loss).__name__,
             "n_layers_per_step": self.n_layers_per_step,
@@ -225,6 +276,8 @@ class AdaptiveLayerLoss(nn.Module):
             "kl_div_weight": self.kl_div_weight,
             "kl_temperature": self.kl_temperature,
             "layer_weighting": name,
+            **({} if self.layers is None else {"layers": self.layers}),
+            **({} if self.final_norm == "skip" else {"final_norm": self.final_norm}),
         }
 
     @property

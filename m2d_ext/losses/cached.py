@@ -10,13 +10,14 @@ Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited S
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import tqdm
 from sentence_transformers.base.losses.gradcache import RandContext, _create_minibatch, _minibatch_ranges
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import functional
@@ -77,14 +78,21 @@ class MiniBatches:
         model: as there.
         columns: the feature dicts, which must stay as they are until the backward.
         caching: how to split them.
+        norm: as there.
         deferred: whether the gradients of earlier layers may be deferred (:mod:`m2d_ext.deferred`).
     """
 
     def __init__(
-        self, wrapper: Any, model: Any, columns: Sequence[Features], caching: Caching, deferred: bool
+        self,
+        wrapper: Any,
+        model: Any,
+        columns: Sequence[Features],
+        caching: Caching,
+        norm: nn.Module | None = None,
+        deferred: bool = False,
     ) -> None:
+        self._embed = partial(embed, wrapper, model, norm=norm)
         self._wrapper = wrapper
-        self._model = model
         self._caching = caching
         self._deferred = deferred
         ranges = [
@@ -105,7 +113,7 @@ class MiniBatches:
             for part in self._progress(self._parts):
                 if replayed:
                     self._contexts.append(_Context(part.values()))
-                tokens, num_states = embed(self._wrapper, self._model, [part], earlier)
+                tokens, num_states = self._embed([part], earlier)
                 rows = functional.pool_of_tokens(tokens)
                 if first == 0:
                     pooled = rows.new_empty(rows.shape[0], self._num_texts, rows.shape[2])
@@ -126,7 +134,7 @@ class MiniBatches:
         for i, (part, context) in enumerate(zip(self._progress(self._parts), self._contexts, strict=True)):
             with torch.enable_grad(), _synchronised(self._wrapper, i == last):
                 with context.replayed():
-                    tokens, _ = embed(self._wrapper, self._model, [part], earlier)
+                    tokens, _ = self._embed([part], earlier)
                     rows = functional.pool_of_tokens(tokens.select(layers), deferred=self._deferred)
                 if rows.requires_grad:
                     rows.backward(pooled_grad[:, first : first + tokens.num_texts])

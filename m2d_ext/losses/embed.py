@@ -49,7 +49,11 @@ def returned_states(model: Any, wanted: bool | list[int]) -> Iterator[None]:
 
 
 def embed(
-    wrapper: nn.Module, model: Any, batches: Sequence[Features], earlier: Sequence[int] | None
+    wrapper: nn.Module,
+    model: Any,
+    batches: Sequence[Features],
+    earlier: Sequence[int] | None,
+    norm: nn.Module | None = None,
 ) -> tuple[Tokens, int]:
     """Call the model on feature batches.
 
@@ -58,6 +62,7 @@ def embed(
         model: the SentenceTransformer: Transformer, Pooling, perhaps Normalize. Only the first one runs.
         batches: feature dicts, which are left as they are.
         earlier: indices of the earlier hidden states that are wanted, ascending; None: all.
+        norm: what the earlier states pass through.
 
     Returns:
         The hidden states, one block per batch, the final one last and as the encoder's own output, with the
@@ -78,7 +83,7 @@ def embed(
     # An encoder without layers returns none.
     num_states = max(1, len(outputs[0].get("all_layer_embeddings", ())))
     chosen = range(num_states - 1) if earlier is None else earlier
-    return _tokens([_states(output, chosen) for output in outputs], outputs, model[1]), num_states
+    return _tokens([_states(output, chosen, norm) for output in outputs], outputs, model[1]), num_states
 
 
 def _pass_on(features: Features, **_: Any) -> Features:
@@ -86,12 +91,12 @@ def _pass_on(features: Features, **_: Any) -> Features:
     return features
 
 
-def _states(output: Features, earlier: Iterable[int]) -> list[Tensor]:
+def _states(output: Features, earlier: Iterable[int], norm: nn.Module | None) -> list[Tensor]:
     final = output["token_embeddings"]
     states = [output["all_layer_embeddings"][layer] for layer in earlier]
     if any(state is None for state in states):
         raise RuntimeError("the encoder did not return the hidden states that its output_hidden_states asked for")
-    return [*states, final]
+    return [*(states if norm is None else map(norm, states)), final]
 
 
 def merged_candidates(columns: Sequence[Features]) -> list[Features]:

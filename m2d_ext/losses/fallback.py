@@ -66,15 +66,17 @@ class DimForward:
 class LayerForward:
     """A Transformer's forward that runs once, then returns an earlier layer's states as the token embeddings."""
 
-    def __init__(self, forward: Callable[..., Features], model: Any) -> None:
+    def __init__(self, forward: Callable[..., Features], model: Any, norm: Callable[[Tensor], Tensor] | None) -> None:
         self.forward = forward
         self.model = model
+        self.norm = norm
         self.layer: int | None = None
         self.num_layers = 0
 
     def __call__(self, features: Features, **kwargs: Any) -> Features:
         if self.layer is not None:
-            return {**features, "token_embeddings": features["all_layer_embeddings"][self.layer]}
+            states = features["all_layer_embeddings"][self.layer]
+            return {**features, "token_embeddings": states if self.norm is None else self.norm(states)}
         with returned_states(self.model, True):
             output = self.forward(features, **kwargs)
         self.num_layers = len(output["all_layer_embeddings"])
@@ -159,32 +161,35 @@ def _cut_labels(labels: Any, dim: int, model: Any) -> Any:
 
 def adaptive_layer_loss(
     model: Any,
-    loss: Any,
-    features: Sequence[Features],
-    labels: Tensor,
+    loss: Callable[[int], Tensor],
+    choose_layers: Callable[[int], Sequence[int]],
     *,
-    layers_per_step: int,
-    last_layer_weight: float,
+    norm: Callable[[Tensor], Tensor] | None,
+    last_layer_weight: Callable[[int], float],
     prior_layers_weight: float,
     layer_weight: Callable[[int], float],
     kl_weight: float,
     kl_temperature: float,
 ) -> Tensor:
-    """``loss`` of the final layer, of the drawn earlier ones, and the KL between their embeddings."""
-    layer_forward = LayerForward(model[0].forward, model)
+    """``loss`` of the final layer, of the chosen earlier ones, and the KL between their embeddings.
+
+    The final layer's loss runs first and is told -1; its weight may depend on how many there are, known only then.
+    """
+    layer_forward = LayerForward(model[0].forward, model, norm)
     recorder = EmbeddingRecorder(model.forward)
     with (
         replaced_forward(model[0], layer_forward),
         replaced_forward(model, recorder),
         column_merging_disabled(),  # states pass from one loss call to the next in the columns' own dicts
     ):
-        total = loss(features, labels) * last_layer_weight
+        total = loss(-1)
+        total = total * last_layer_weight(layer_forward.num_layers)
         if kl_temperature > 0:
             teacher = F.softmax(recorder.take() / kl_temperature, dim=-1).detach()
-        layers = sample(layer_forward.num_layers - 1, layers_per_step)
+        layers = choose_layers(layer_forward.num_layers)
         for layer in layers:
             layer_forward.layer = layer
-            layer_loss = loss(features, labels)
+            layer_loss = loss(layer)
             total = total + layer_loss * layer_weight(layer) / len(layers) * prior_layers_weight
             if kl_temperature > 0:
                 student = F.log_softmax(recorder.take() / kl_temperature, dim=-1)

@@ -81,20 +81,20 @@ def agree(
     Raises:
         ValueError: on every process: fewer than two columns, differing numbers of them, or an empty batch.
     """
-    message = torch.zeros(HEADER + num_states * (1 + num_dims), dtype=torch.float64)
+    message = torch.zeros(HEADER + num_states * (2 + num_dims), dtype=torch.float64)
     message[0], message[1] = num_columns, batch_size
-    table = message[HEADER:].view(num_states, 1 + num_dims)
+    table = message[HEADER:].view(num_states, 2 + num_dims)
     for state, drawn in draw.items():
-        table[state, 0] = drawn.weight
-        table[state, [1 + k for k in drawn.dims]] = 1
+        table[state, 0], table[state, 1] = 1, drawn.weight
+        table[state, [2 + k for k in drawn.dims]] = 1
     received = message.new_empty(dist.get_world_size() * len(message), device=device)
     _all_gather(received, message.to(device))
     messages = received.view(-1, len(message)).cpu()
     sizes = [int(size) for size in messages[:, 1]]
     _check([int(columns) for columns in messages[:, 0]], sizes)
     common: Draw = {}
-    for state, (weight, *dims) in enumerate(messages[0, HEADER:].view(num_states, 1 + num_dims).tolist()):
-        if any(dims):
+    for state, (is_drawn, weight, *dims) in enumerate(messages[0, HEADER:].view(num_states, 2 + num_dims).tolist()):
+        if is_drawn:
             common[state] = Drawn([k for k, used in enumerate(dims) if used], weight)
     return common, Batches(sizes, dist.get_rank())
 

@@ -137,6 +137,10 @@ class MatryoshkaLoss(nn.Module):
         check_uncached(self, self._caching, reason)
         drawn = self.draw_dims()
         say_fallback(self, reason)
+        return self.loop(features, labels, drawn)
+
+    def loop(self, features: list[Features], labels: Tensor, drawn: Sequence[int]) -> Tensor:
+        """The reference loop over the drawn dims (indices into ``matryoshka_dims``)."""
         return fallback.matryoshka_loss(
             self.model, self.loss, self.matryoshka_dims, self.matryoshka_weights, drawn, features, labels
         )
@@ -152,10 +156,11 @@ class MatryoshkaLoss(nn.Module):
             num_dims=len(self.matryoshka_dims),
             num_states=1,  # none but the final one
             merge=merged_candidates,
+            norm=None,
             deferred=False,
             caching=self._caching,
         )
-        return step.run(features)[0]
+        return step.run(features).loss
 
     def _cells(self, draw: Draw, _: int) -> Cells:
         return Cells(self.grid_dims, [self.row(draw[0].dims)], [0.0], 1.0)

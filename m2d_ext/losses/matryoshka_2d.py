@@ -1,13 +1,14 @@
 """Matryoshka2dLoss: a base loss at several layers and dimensions."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from sentence_transformers import SentenceTransformer
 from torch import nn
 
-from .adaptive_layer import AdaptiveLayerLoss, LayerWeighting
+from .adaptive_layer import AdaptiveLayerLoss
 from .matryoshka import MatryoshkaLoss
+from .recipe import LayerWeighting, Pairs, read_pairs
 
 
 class Matryoshka2dLoss(AdaptiveLayerLoss):
@@ -30,13 +31,20 @@ class Matryoshka2dLoss(AdaptiveLayerLoss):
         kl_div_weight: weight of the KL.
         kl_temperature: T; no KL if <= 0.
         layer_weighting: as in :class:`AdaptiveLayerLoss`.
+        layers: as there.
+        pairs: the (layer, dim) cells to train in every step, in place of all draws; of the final layer too, which
+            teaches in any case. Zhuang et al., "Starbucks", arXiv:2410.13230, counts layers as hidden states are
+            counted here: 0 is the embedding output.
+        final_norm: as there.
+        log_cells: as there.
         deferred: as there.
         mini_batch_size: as there.
         mini_batch_num_tokens: as there.
         show_progress_bar: as there.
 
     Raises:
-        TypeError, ValueError: as the two losses that it is made of.
+        TypeError, ValueError: as the two losses that it is made of; ``pairs`` that are not pairs of ints, empty,
+            negative, repeated, of other dims than ``matryoshka_dims``, with ``layers`` or with draws.
     """
 
     def __init__(
@@ -53,6 +61,10 @@ class Matryoshka2dLoss(AdaptiveLayerLoss):
         kl_temperature: float = 0.3,
         layer_weighting: LayerWeighting = "uniform",
         *,
+        layers: Sequence[int] | None = None,
+        pairs: Pairs | None = None,
+        final_norm: Literal["skip", "apply"] = "skip",
+        log_cells: bool = False,
         deferred: bool = True,
         mini_batch_size: int | None = None,
         mini_batch_num_tokens: int | None = None,
@@ -67,12 +79,20 @@ class Matryoshka2dLoss(AdaptiveLayerLoss):
             kl_div_weight=kl_div_weight,
             kl_temperature=kl_temperature,
             layer_weighting=layer_weighting,
+            layers=layers,
+            final_norm=final_norm,
+            log_cells=log_cells,
             deferred=deferred,
             mini_batch_size=mini_batch_size,
             mini_batch_num_tokens=mini_batch_num_tokens,
             show_progress_bar=show_progress_bar,
         )
+        self.pairs = read_pairs(pairs, self.loss.matryoshka_dims, layers, n_layers_per_step, n_dims_per_step)
 
     def get_config_dict(self) -> dict[str, Any]:
         """What the model card says of this loss."""
-        return {**super().get_config_dict(), **self.loss.get_config_dict()}
+        dims = self.loss.matryoshka_dims
+        pairs = (
+            [] if self.pairs is None else [(layer, dims[k]) for layer, places in self.pairs.items() for k in places]
+        )
+        return {**super().get_config_dict(), **self.loss.get_config_dict(), **({"pairs": pairs} if pairs else {})}

@@ -1,16 +1,15 @@
 """One step of a loss on the fused path: draw, embed, perhaps gather, and one fused loss over all cells."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from sentence_transformers.base.losses.gradcache import _get_batch_size
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import functional
-from ..arguments import Tokens
 from .cached import Caching, MiniBatches
 from .embed import Features, embed
 from .gather import Batches, Draw, agree, gather_candidates, gathers
@@ -39,6 +38,7 @@ class Step:
         num_dims: what the draw's indices of dims are below.
         num_states: how many hidden states the encoder has; None: all are asked for, and then they are counted.
         merge: from columns to the batches of the model's calls.
+        norm: what the earlier hidden states pass through before they are pooled; None: nothing.
         deferred: whether the gradients of earlier layers may be deferred.
         caching: how to cache gradients; None: not at all.
     """
@@ -52,19 +52,49 @@ class Step:
     num_dims: int
     num_states: int | None
     merge: Callable[[Sequence[Features]], list[Features]]
+    norm: nn.Module | None
     deferred: bool
     caching: Caching | None
 
-    def run(self, columns: list[Features]) -> tuple[Tensor, int]:
-        """The loss of a batch of C feature dicts, and how many hidden states the encoder has.
+    def run(self, columns: list[Features]) -> "Result":
+        """The loss of a batch of C feature dicts.
 
         Raises:
             ValueError: fewer than two columns.
         """
-        plan = _Plan(self, columns)
-        if self.caching is None:
-            return plan.loss(), plan.num_states
-        return plan.cached_loss(self.caching), plan.num_states
+        return _Plan(self, columns).run()
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a step."""
+
+    loss: Tensor
+    cross_entropies: Tensor  # (layers, K), detached, NaN where the weight is 0
+    kl: Tensor  # (layers,), likewise
+    layers: list[int]  # the hidden states of the draw
+    cells: Cells
+    num_states: int  # of the encoder
+
+    def components(self, cell_name: str, kl_name: str) -> dict[str, Tensor]:
+        """The weighted cells and KLs by name, which add up to the loss, and so do their gradients.
+
+        Args:
+            cell_name: to be formatted with a hidden state and a dim.
+            kl_name: with a hidden state.
+        """
+        parts = {}
+        for i, layer in enumerate(self.layers):
+            for k, dim in enumerate(self.cells.dims):
+                if self.cells.weights[i][k] != 0:
+                    parts[cell_name.format(layer, dim)] = self.cells.weights[i][k] * self.cross_entropies[i, k]
+            if self.cells.kl_weights[i] != 0:
+                parts[kl_name.format(layer)] = self.cells.kl_weights[i] * self.kl[i]
+        first = next(iter(parts), "loss")
+        # One of them carries the gradient of all, and what rounding leaves between the loss and their sum.
+        rest = [part for name, part in parts.items() if name != first]
+        parts[first] = self.loss - sum(rest)
+        return parts
 
 
 class _Plan:
@@ -100,48 +130,55 @@ class _Plan:
         self._settle(num_states)
         return sorted(self._draw)
 
-    def loss(self) -> Tensor:
+    def run(self) -> Result:
         step = self._step
-        tokens, num_states = embed(step.wrapper, step.model, step.merge(self._columns), self._earlier)
+        if step.caching is not None:
+            return self._cached(step.caching)
+        tokens, num_states = embed(step.wrapper, step.model, step.merge(self._columns), self._earlier, step.norm)
         tokens = tokens.select(self._layers(num_states))
-        if not self._gathers:
-            loss, *_ = functional.loss_of_tokens(tokens, deferred=step.deferred, **self._options(_width(tokens)))
-            return loss
-        return self._pooled_loss(functional.pool_of_tokens(tokens, deferred=step.deferred))
+        if self._gathers:
+            return self._of_pooled(functional.pool_of_tokens(tokens, deferred=step.deferred))
+        cells = step.cells(self._draw, tokens.states[0].shape[-1])
+        return self._result(functional.loss_of_tokens(tokens, deferred=step.deferred, **self._options(cells)), cells)
 
-    def cached_loss(self, caching: Caching) -> Tensor:
+    def _cached(self, caching: Caching) -> Result:
         step = self._step
-        batches = MiniBatches(step.wrapper, step.model, self._columns, caching, step.deferred)
+        batches = MiniBatches(step.wrapper, step.model, self._columns, caching, step.norm, step.deferred)
         pooled, num_states = batches.pool(self._earlier)
         layers = self._layers(num_states)
         if len(layers) < len(pooled):
             pooled = pooled[layers]
         pooled.requires_grad_(torch.is_grad_enabled())
-        loss = self._pooled_loss(pooled)
+        result = self._of_pooled(pooled)
         if not torch.is_grad_enabled():
-            return loss
-        handle = loss.detach().requires_grad_()
-        handle.register_hook(partial(_push, loss, pooled, partial(batches.push, earlier=self._earlier, layers=layers)))
-        return handle
+            return result
+        handle = result.loss.detach().requires_grad_()
+        push = partial(batches.push, earlier=self._earlier, layers=layers)
+        handle.register_hook(partial(_push, result.loss, pooled, push))
+        return replace(result, loss=handle)
 
-    def _pooled_loss(self, pooled: Tensor) -> Tensor:
+    def _of_pooled(self, pooled: Tensor) -> Result:
         candidates, offset = None, 0
         if self._batches is not None:
             candidates = gather_candidates(pooled, len(self._columns), self._batches)
             offset = self._batches.offset
-        loss = functional.matryoshka_2d_loss_pooled(
-            pooled, candidates=candidates, target_offset=offset, **self._options(pooled.shape[-1])
+        cells = self._step.cells(self._draw, pooled.shape[-1])
+        results = functional.matryoshka_2d_loss_pooled(
+            pooled, candidates=candidates, target_offset=offset, return_cells=True, **self._options(cells)
         )
-        assert isinstance(loss, Tensor)
-        return loss
+        assert isinstance(results, tuple)
+        return self._result(results, cells)
 
-    def _options(self, width: int) -> dict[str, Any]:
+    def _result(self, results: functional.LossAndCells, cells: Cells) -> Result:
+        return Result(*results, layers=sorted(self._draw), cells=cells, num_states=self.num_states)
+
+    def _options(self, cells: Cells) -> dict[str, Any]:
         step = self._step
         return {
             "num_columns": len(self._columns),
             "scale": step.loss.scale,
             "normalize": step.normalize,
-            **step.cells(self._draw, width)._asdict(),
+            **cells._asdict(),
         }
 
 
@@ -149,7 +186,3 @@ def _push(loss: Tensor, pooled: Tensor, push: Callable[[Tensor], None], grad_out
     """The backward of a loss that stands apart from its graph: to the pooled rows, and on through the model."""
     (pooled_grad,) = torch.autograd.grad(loss, pooled, grad_output, retain_graph=True)
     push(pooled_grad)
-
-
-def _width(tokens: Tokens) -> int:
-    return tokens.states[0].shape[-1]
