@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses as st_losses
+from sentence_transformers.util import euclidean_sim
 from torch import Tensor, nn
 
 import m2d_ext
@@ -240,14 +242,40 @@ def test_bad_sizes(options: dict[str, Any], error: type[Exception], match: str) 
         loss_2d(tiny_model(), **options)
 
 
+def caching_directions(model: Any, mini_batch_size: int | None = 4) -> nn.Module:
+    """Cached, or the same uncached."""
+    options: dict[str, Any] = {"directions": ("query_to_doc", "doc_to_query"), "hardness_mode": "all_negatives"}
+    options["hardness_strength"] = 3.0
+    if mini_batch_size is None:
+        return st_losses.MultipleNegativesRankingLoss(model, **options)
+    return st_losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=mini_batch_size, **options)
+
+
+def test_other_directions() -> None:
+    model = tiny_model().double()
+    expected = gradients(loss_2d(model, partial(caching_directions, mini_batch_size=None)), columns_of(model))
+    assert_close(gradients(loss_2d(model, caching_directions), columns_of(model)), expected, 1e-10)
+
+
+@pytest.mark.parametrize("name", ["CoSENTLoss", "CosineSimilarityLoss", "AnglELoss"])
+def test_losses_that_have_no_caching_of_their_own(name: str) -> None:
+    model = tiny_model().double()
+    base, labels = getattr(st_losses, name), torch.linspace(0, 1, 9).double()
+    results = []
+    for options in ({}, {"mini_batch_size": 4}):
+        loss = loss_2d(model, base, **options)
+        model.zero_grad()
+        loss(columns_of(model), labels).backward()
+        results.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert_close(results[1], results[0], 1e-10)
+
+
 def without_fused_path(model: Any) -> nn.Module:
-    return st_losses.CoSENTLoss(model)
+    return st_losses.TripletLoss(model)
 
 
 def other_caching_base(model: Any) -> nn.Module:
-    return st_losses.CachedMultipleNegativesRankingLoss(
-        model, mini_batch_size=4, directions=("query_to_doc", "doc_to_query")
-    )
+    return st_losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=4, similarity_fct=euclidean_sim)
 
 
 @pytest.mark.parametrize("build", [without_fused_path, other_caching_base])

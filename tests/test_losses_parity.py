@@ -10,7 +10,7 @@ import copy
 import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from packaging.version import Version
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses as st_losses
-from sentence_transformers.util import dot_score
+from sentence_transformers.util import dot_score, pairwise_cos_sim
 from torch import Tensor, nn
 
 import m2d_ext
@@ -605,26 +605,84 @@ def multiple_negatives(**arguments: Any) -> Callable[[Any], nn.Module]:
 
 
 ALL_DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
-BASE_LOSSES: dict[str, Callable[[Any], nn.Module]] = {
-    "dot product": multiple_negatives(similarity_fct=dot_score, scale=3.0),
-    "user's similarity": multiple_negatives(similarity_fct=users_similarity, scale=2.0),
-    "hard in-batch negatives": multiple_negatives(hardness_mode="in_batch_negatives", hardness_strength=9.0),
-    "hard negatives": multiple_negatives(hardness_mode="hard_negatives", hardness_strength=5.0),
-    "hard negatives of all kinds": multiple_negatives(hardness_mode="all_negatives", hardness_strength=2.0),
-    "four directions": multiple_negatives(directions=ALL_DIRECTIONS),
-    "two directions, apart": multiple_negatives(
-        directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction"
+BaseBuilder = Callable[[Any], nn.Module]
+TWO_COLUMNS = ((3, 5, 4, 7), (6, 4, 9, 3))
+ONE_COLUMN = ((3, 5, 4, 7),)
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base loss with what it needs, and the classes in which it has a fused path."""
+
+    build: BaseBuilder
+    labels: Tensor | None = None
+    lengths: tuple[tuple[int, ...], ...] = THREE_COLUMNS
+    fused: tuple[str, ...] = tuple(WRAPPERS)
+
+
+def gist(model: Any, **arguments: Any) -> nn.Module:
+    guide = tiny_model("mpnet", seed=5).eval().to(model.dtype)
+    return st_losses.GISTEmbedLoss(model, guide, **arguments)
+
+
+def margins(batch: int, columns: int) -> Tensor:
+    return torch.randn(batch, columns, generator=torch.Generator().manual_seed(2))
+
+
+WITH_DIMS_ONLY = tuple(name for name in WRAPPERS if name != "AdaptiveLayerLoss")
+BASE_LOSSES: dict[str, Base] = {
+    "dot product": Base(multiple_negatives(similarity_fct=dot_score, scale=3.0), fused=WITH_DIMS_ONLY),
+    "user's similarity": Base(multiple_negatives(similarity_fct=users_similarity, scale=2.0), fused=()),
+    "hard in-batch negatives": Base(multiple_negatives(hardness_mode="in_batch_negatives", hardness_strength=9.0)),
+    "hard negatives": Base(multiple_negatives(hardness_mode="hard_negatives", hardness_strength=5.0)),
+    "hard negatives of all kinds": Base(multiple_negatives(hardness_mode="all_negatives", hardness_strength=2.0)),
+    "four directions": Base(multiple_negatives(directions=ALL_DIRECTIONS)),
+    "four directions, hard": Base(
+        multiple_negatives(directions=ALL_DIRECTIONS, hardness_mode="all_negatives", hardness_strength=2.0)
     ),
-    "symmetric": lambda model: st_losses.MultipleNegativesSymmetricRankingLoss(model),
-    "user's subclass": UsersLoss,
-    "triplet": lambda model: st_losses.TripletLoss(model),
-}
-LABELLED_LOSSES: dict[str, tuple[Callable[[Any], nn.Module], Tensor]] = {
-    "CoSENT": (lambda model: st_losses.CoSENTLoss(model), pair_scores(4)),
-    "AnglE": (lambda model: st_losses.AnglELoss(model), pair_scores(4)),
-    "cosine similarity": (lambda model: st_losses.CosineSimilarityLoss(model), pair_scores(4)),
+    "two directions": Base(multiple_negatives(directions=("query_to_doc", "doc_to_query"))),
+    "two directions, apart": Base(
+        multiple_negatives(directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction")
+    ),
+    "symmetric": Base(lambda model: st_losses.MultipleNegativesSymmetricRankingLoss(model)),
+    "user's subclass": Base(UsersLoss, fused=()),
+    "triplet": Base(lambda model: st_losses.TripletLoss(model), fused=()),
+    "CoSENT": Base(lambda model: st_losses.CoSENTLoss(model), pair_scores(4)),
+    "CoSENT, ties": Base(lambda model: st_losses.CoSENTLoss(model), torch.tensor([0.5, 0.0, 0.5, 1.0]), TWO_COLUMNS),
+    "CoSENT, booleans": Base(lambda model: st_losses.CoSENTLoss(model), torch.tensor([True, False, False, True])),
+    "AnglE": Base(lambda model: st_losses.AnglELoss(model), pair_scores(4), TWO_COLUMNS),
+    "AnglE, triplets": Base(lambda model: st_losses.AnglELoss(model)),
+    "AnglE, labelled triplets": Base(lambda model: st_losses.AnglELoss(model), pair_scores(4)),
+    "cosine similarity": Base(lambda model: st_losses.CosineSimilarityLoss(model), pair_scores(4), TWO_COLUMNS),
+    "cosine similarity, L1": Base(
+        lambda model: st_losses.CosineSimilarityLoss(model, nn.L1Loss()), pair_scores(4), fused=()
+    ),
+    "margin": Base(lambda model: st_losses.MarginMSELoss(model), margins(4, 1)[:, 0], fused=WITH_DIMS_ONLY),
+    "margin, scores": Base(lambda model: st_losses.MarginMSELoss(model), margins(4, 2), fused=WITH_DIMS_ONLY),
+    "margin, cosines": Base(
+        lambda model: st_losses.MarginMSELoss(model, similarity_fct=pairwise_cos_sim), margins(4, 1)
+    ),
+    "distilled ranking": Base(
+        lambda model: st_losses.DistillKLDivLoss(model, student_temperature=0.5, teacher_temperature=2.0),
+        margins(4, 2),
+        fused=WITH_DIMS_ONLY,
+    ),
     # Labels as wide as the embeddings are cut to each dim, and not normalised.
-    "embedding distillation": (lambda model: st_losses.EmbedDistillLoss(model), teacher_embeddings(4)),
+    "embedding distillation": Base(
+        lambda model: st_losses.EmbedDistillLoss(model), teacher_embeddings(4), TWO_COLUMNS
+    ),
+    "MSE": Base(lambda model: st_losses.MSELoss(model), teacher_embeddings(4), ONE_COLUMN, fused=WITH_DIMS_ONLY),
+    "MSE, a teacher per column": Base(
+        lambda model: st_losses.MSELoss(model),
+        torch.stack([teacher_embeddings(4), teacher_embeddings(4).flip(0)], 1),
+        TWO_COLUMNS,
+        fused=WITH_DIMS_ONLY,
+    ),
+    "guided": Base(lambda model: gist(model, margin=0.05), lengths=TWO_COLUMNS),
+    "guided triplets": Base(lambda model: gist(model, margin_strategy="relative", margin=0.1, temperature=0.05)),
+    "guided, anchors and positives apart": Base(
+        lambda model: gist(model, contrast_anchors=False, contrast_positives=False)
+    ),
 }
 FALLBACK_ARGUMENTS = {
     "matryoshka_dims": [HIDDEN, 16, 8],
@@ -635,24 +693,58 @@ FALLBACK_ARGUMENTS = {
 }
 
 
+@pytest.mark.parametrize("every", [False, True], ids=["drawn", "all"])
+@pytest.mark.parametrize("normalize", [False, True], ids=["raw", "normalized"])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("name", BASE_LOSSES)
 @pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")
-def test_fallback_for_other_base_losses(name: str, wrapper: str) -> None:
-    configuration = Configuration(lengths=THREE_COLUMNS, arguments=FALLBACK_ARGUMENTS, seed=2)
-    assert check(wrapper, configuration, base=BASE_LOSSES[name]).fallbacks
+def test_base_losses(name: str, wrapper: str, normalize: bool, every: bool) -> None:
+    base = BASE_LOSSES[name]
+    arguments = FALLBACK_ARGUMENTS | ({"n_dims_per_step": -1, "n_layers_per_step": -1} if every else {})
+    configuration = Configuration(lengths=base.lengths, arguments=arguments, seed=2, normalize=normalize)
+    comparison = check(wrapper, configuration, base=base.build, labels=base.labels)
+    if not normalize:  # where a dot product is a cosine, there is a fused path too
+        assert bool(comparison.fallbacks) == (wrapper not in base.fused), comparison.fallbacks
 
 
+class Summed(nn.Module):
+    """sentence-transformers adds up what a loss returns as a dict in its Trainer alone, and raises in a loss."""
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, *inputs: Any) -> Tensor:
+        return sum(self.loss(*inputs).values())
+
+
+ORTHOGONAL = [{}, {"aggregation": "sum", "mean_weight": 0.3}, {"second_moment_weight": None}, {"mean_weight": 0.0}]
+
+
+@pytest.mark.parametrize("arguments", ORTHOGONAL, ids=str)
+@pytest.mark.parametrize("lengths", [ONE_COLUMN, THREE_COLUMNS], ids=["one", "three"])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-@pytest.mark.parametrize("name", LABELLED_LOSSES)
-def test_fallback_for_base_losses_with_labels(name: str, wrapper: str) -> None:
-    base, labels = LABELLED_LOSSES[name]
-    configuration = Configuration(arguments=FALLBACK_ARGUMENTS, seed=2)
-    if wrapper == "AdaptiveLayerLoss" or name != "embedding distillation":
-        arguments = FALLBACK_ARGUMENTS
-    else:
-        arguments = FALLBACK_ARGUMENTS | {"n_dims_per_step": -1}
-    assert check(wrapper, replace(configuration, arguments=arguments), base=base, labels=labels).fallbacks
+def test_orthogonal_regularization(wrapper: str, lengths: Any, arguments: dict[str, Any]) -> None:
+    """A loss that returns a dict: sentence-transformers cannot multiply it by a weight."""
+    configuration = Configuration(lengths=lengths, arguments=FALLBACK_ARGUMENTS, seed=2)
+
+    def regularization(model: Any) -> nn.Module:
+        return st_losses.GlobalOrthogonalRegularizationLoss(model, **arguments)
+
+    with pytest.raises(TypeError):
+        run(
+            builder(THEIRS, wrapper, FALLBACK_ARGUMENTS, regularization), configuration.model(), configuration.features
+        )
+    ours = builder(OURS, wrapper, FALLBACK_ARGUMENTS, regularization)
+    theirs = builder(THEIRS, wrapper, FALLBACK_ARGUMENTS, lambda model: Summed(regularization(model)))
+    model = configuration.model()
+    outcomes = [run(build, model, configuration.features, dtype=torch.float64) for build in (ours, theirs)]
+    torch.testing.assert_close(outcomes[0].loss, outcomes[1].loss, rtol=1e-10, atol=0)
+    found, expected = (list(outcome.gradients.values()) for outcome in outcomes)
+    scale = max(grad.norm() for grad in expected if grad is not None)
+    for a, b in zip(found, expected, strict=True):
+        a, b = (torch.zeros(()) if grad is None else grad for grad in (a, b))
+        assert (a - b).norm() <= 1e-9 * scale
 
 
 CACHED_LOSSES: dict[str, Callable[[Any], nn.Module]] = {

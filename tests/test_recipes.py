@@ -23,12 +23,12 @@ from tiny_models import CONFIGS, HIDDEN, features_of, sentence, tiny_model
 
 LAYERS = 4
 DIMS = [HIDDEN, 16, 8]
-LOOP = ("CoSENTLoss", "MultipleNegativesRankingLoss")
+BASES = ("MultipleNegativesRankingLoss", "CoSENTLoss", "TripletLoss")  # by the kernel, an adapter, the loop
 
 
 def columns_of(model: SentenceTransformer) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(2)
-    lengths = [[3, 7, 5, 2], [6, 4, 9, 3]]
+    lengths = [[3, 7, 5, 2], [6, 4, 9, 3], [5, 5, 3, 8]]
     return features_of(model, [[sentence(length, generator) for length in column] for column in lengths])
 
 
@@ -70,7 +70,9 @@ def cell(model: SentenceTransformer, base: str, layer: int, dim: int) -> list[Te
     return [value.detach(), *grads]
 
 
-@pytest.mark.parametrize(("base", "mini_batch_size"), [(LOOP[0], None), (LOOP[1], None), (LOOP[1], 3)])
+@pytest.mark.parametrize(
+    ("base", "mini_batch_size"), [*((name, None) for name in BASES), (BASES[0], 3), (BASES[1], 3)]
+)
 def test_pairs_are_those_cells(base: str, mini_batch_size: int | None) -> None:
     model = tiny_model(num_layers=LAYERS).double()
     weights = {16: 2.0, 8: 0.5, HIDDEN: 1.0}
@@ -98,7 +100,7 @@ def test_pairs_are_those_cells(base: str, mini_batch_size: int | None) -> None:
     assert_same(found, expected)
 
 
-@pytest.mark.parametrize("base", LOOP)
+@pytest.mark.parametrize("base", BASES)
 def test_pairs_without_the_final_layer(base: str) -> None:
     """It is the teacher all the same, and its own cells have no weight."""
     model = tiny_model(num_layers=LAYERS).double()
@@ -110,7 +112,7 @@ def test_pairs_without_the_final_layer(base: str) -> None:
     assert (without_kl[0] - results[0][0]).abs() > 1e-6
 
 
-@pytest.mark.parametrize("base", LOOP)
+@pytest.mark.parametrize("base", BASES)
 def test_listed_layers_are_those_drawn(base: str) -> None:
     model = tiny_model(num_layers=LAYERS).double()
     listed = outcome(loss_2d(model, base, layers=[3, 0], n_dims_per_step=-1), model)
@@ -154,7 +156,7 @@ def test_final_norm_is_found(architecture_name: str) -> None:
     assert all(not module._forward_hooks for module in model.modules() if "norm" in type(module).__name__.lower())
 
 
-@pytest.mark.parametrize("base", LOOP)
+@pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("architecture_name", ["modernbert", "qwen3", "bert"])
 def test_final_norm_trains_what_the_cut_model_serves(architecture_name: str, base: str) -> None:
     """The loss of one earlier layer is that of the model cut there; without the norm it is another."""
@@ -246,7 +248,7 @@ def test_bad_recipes(options: dict[str, Any], error: type[Exception], match: str
         loss_2d(tiny_model(), **options)
 
 
-@pytest.mark.parametrize("base", LOOP)
+@pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize(
     ("options", "match"),
     [

@@ -15,7 +15,7 @@ from ..architecture import final_norm as find_final_norm
 from . import fallback, pipeline
 from .cached import choose_caching, read_caching
 from .embed import Features, merged_alike
-from .gather import Draw, Drawn
+from .gather import Draw, Drawn, is_distributed
 from .matryoshka import MatryoshkaLoss, check_uncached, say_fallback
 from .recipe import LayerWeighting, check_below, choose_layers, read_layers, read_weighting
 from .step import Cells, Step
@@ -141,9 +141,9 @@ class AdaptiveLayerLoss(nn.Module):
         """
         features = list(sentence_features)
         model = self._unwrapped_model()
-        reason = self._why_not_fused(model, features)
+        reason = self._why_not_fused(model, features, labels)
         if reason is None:
-            return self._fused(model, features)
+            return self._fused(model, features, labels)
         check_uncached(self, self._caching, reason)
         say_fallback(self, reason)
         return fallback.adaptive_layer_loss(
@@ -193,12 +193,13 @@ class AdaptiveLayerLoss(nn.Module):
         """The loss of one layer and dim."""
         return self.loss.loss if type(self.loss) is MatryoshkaLoss else self.loss
 
-    def _why_not_fused(self, model: BaseModel, features: list[Features]) -> str | None:
-        if type(self.loss) is MatryoshkaLoss and pipeline.find_model(self.loss.model) is not model:
+    def _why_not_fused(self, model: BaseModel, features: list[Features], labels: Any) -> str | None:
+        cuts_dims = type(self.loss) is MatryoshkaLoss
+        if cuts_dims and pipeline.find_model(self.loss.model) is not model:
             return "MatryoshkaLoss has another model"
-        return pipeline.why_not_fused(model, self._base_loss(), features)
+        return pipeline.why_not_fused(model, self._base_loss(), features, labels, cuts_dims)
 
-    def _fused(self, model: Any, features: list[Features]) -> Tensor | dict[str, Tensor]:
+    def _fused(self, model: Any, features: list[Features], labels: Any) -> Tensor | dict[str, Tensor]:
         step = Step(
             wrapper=self.model,
             model=model,
@@ -208,12 +209,14 @@ class AdaptiveLayerLoss(nn.Module):
             cells=self._cells,
             num_dims=len(self.loss.matryoshka_dims) if isinstance(self.loss, MatryoshkaLoss) else 1,
             num_states=self._known_num_states(model),
-            merge=merged_alike,
+            # Widths differ between processes, and these must call the model equally often: what wraps it
+            # communicates in every call.
+            merge=list if is_distributed() else merged_alike,
             norm=self._norm(model),
             deferred=self.deferred,
             caching=self._caching,
         )
-        result = step.run(features)
+        result = step.run(features, labels)
         self._seen_states = (_num_modules(model), result.num_states)
         return result.components("layer_{}_dim_{}", "layer_{}_kl") if self.log_cells else result.loss
 

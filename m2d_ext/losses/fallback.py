@@ -152,11 +152,16 @@ def matryoshka_loss(
     return total
 
 
+def are_embeddings(labels: Any, model: Any) -> bool:
+    """Whether labels are as wide as the embeddings: MatryoshkaLoss takes them for a teacher's."""
+    if not isinstance(labels, Tensor) or labels.ndim not in (2, 3):
+        return False
+    return labels.shape[-1] == model.get_embedding_dimension()
+
+
 def _cut_labels(labels: Any, dim: int, model: Any) -> Any:
-    """Labels that look like embeddings are a teacher's: cut to the dim, as the embeddings are."""
-    if isinstance(labels, Tensor) and labels.ndim in (2, 3) and labels.shape[-1] == model.get_embedding_dimension():
-        return labels[..., :dim]
-    return labels
+    """A teacher's embeddings cut to the dim, as the embeddings are."""
+    return labels[..., :dim] if are_embeddings(labels, model) else labels
 
 
 def adaptive_layer_loss(

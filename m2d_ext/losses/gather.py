@@ -44,11 +44,16 @@ class Batches(NamedTuple):
         return sum(self.sizes[: self.rank])
 
 
+def is_distributed() -> bool:
+    """Whether there is a process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def gathers(loss: Any) -> bool:
     """Whether the loss takes candidates from other processes, and there are any."""
-    if not loss.gather_across_devices:
+    if not getattr(loss, "gather_across_devices", False):
         return False
-    if dist.is_available() and dist.is_initialized():
+    if is_distributed():
         return True
     _warn_alone(loss)
     return False
@@ -108,26 +113,24 @@ def _check(columns: list[int], sizes: list[int]) -> None:
         raise ValueError(f"every process must have at least one text per column, got {sizes}")
 
 
-def gather_candidates(pooled: Tensor, num_columns: int, batches: Batches) -> Tensor:
-    """The candidates of every process, differentiably.
+def gather_rows(rows: Tensor, batches: Batches) -> Tensor:
+    """The rows of every process, differentiably.
 
     Args:
-        pooled: (L, N, D), this process's rows, column-major.
-        num_columns: C.
+        rows: (L, C * B, D), this process's rows of C columns, one column after the other.
         batches: every process's share.
 
     Returns:
-        (L, (C - 1) * sum(sizes), D): a column after the other, each in the order of the processes.
+        (L, C * sum(sizes), D): likewise, each column in the order of the processes.
     """
-    num_layers, _, dim = pooled.shape
     size, largest = batches.sizes[batches.rank], max(batches.sizes)
-    own = pooled[:, size:].reshape(num_layers, num_columns - 1, size, dim)
+    own = rows.unflatten(1, (-1, size))
     if size < largest:
         own = torch.nn.functional.pad(own, (0, 0, 0, largest - size))
     gathered = _Gather.apply(own.contiguous()).movedim(0, 2).flatten(2, 3)
     if min(batches.sizes) < largest:
-        rows = [rank * largest + i for rank, count in enumerate(batches.sizes) for i in range(count)]
-        gathered = gathered.index_select(2, torch.tensor(rows, device=gathered.device))
+        places = [rank * largest + i for rank, count in enumerate(batches.sizes) for i in range(count)]
+        gathered = gathered.index_select(2, torch.tensor(places, device=gathered.device))
     return gathered.flatten(1, 2)
 
 

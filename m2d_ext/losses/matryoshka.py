@@ -128,9 +128,9 @@ class MatryoshkaLoss(nn.Module):
         """
         features = list(sentence_features)
         model = pipeline.find_model(self.model)
-        reason = pipeline.why_not_fused(model, self.loss, features)
+        reason = pipeline.why_not_fused(model, self.loss, features, labels, cuts_dims=True)
         if reason is None:
-            return self._fused(model, features)
+            return self._fused(model, features, labels)
         if self.uses_gradient_cache:
             say_fallback(self, reason)
             return self.loss(features, labels)
@@ -145,7 +145,7 @@ class MatryoshkaLoss(nn.Module):
             self.model, self.loss, self.matryoshka_dims, self.matryoshka_weights, drawn, features, labels
         )
 
-    def _fused(self, model: Any, features: list[Features]) -> Tensor:
+    def _fused(self, model: Any, features: list[Features], labels: Any) -> Tensor:
         step = Step(
             wrapper=self.model,
             model=model,
@@ -160,7 +160,7 @@ class MatryoshkaLoss(nn.Module):
             deferred=False,
             caching=self._caching,
         )
-        return step.run(features).loss
+        return step.run(features, labels).loss
 
     def _cells(self, draw: Draw, _: int) -> Cells:
         return Cells(self.grid_dims, [self.row(draw[0].dims)], [0.0], 1.0)

@@ -6,14 +6,11 @@ from typing import Any
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.model import BaseModel
 from sentence_transformers.base.modules import Transformer
-from sentence_transformers.sentence_transformer.losses import (
-    CachedMultipleNegativesRankingLoss,
-    MultipleNegativesRankingLoss,
-)
+from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
-from sentence_transformers.util import cos_sim, pytorch_cos_sim
 from torch import nn
 
+from . import adapters, fallback
 from .embed import Features
 
 # What only the reference loop reads from a batch.
@@ -44,25 +41,35 @@ def is_compiled(model: Any) -> bool:
     return False
 
 
-def why_not_fused(model: Any, base_loss: Any, features: Sequence[Features]) -> str | None:
-    """The reason why this loss, model or batch needs the reference loop; None if the fused path is the same."""
-    return _why_not_loss(base_loss, model) or _why_not_model(model) or _why_not_features(features)
+def why_not_fused(
+    model: Any, base_loss: Any, features: Sequence[Features], labels: Any, cuts_dims: bool
+) -> str | None:
+    """The reason why this loss, model or batch needs the reference loop; None if the fused path is the same.
+
+    Args:
+        model: the SentenceTransformer.
+        base_loss: the loss of each cell.
+        features: the batch.
+        labels: the batch's.
+        cuts_dims: whether a MatryoshkaLoss cuts and normalises the embeddings before the base loss sees them.
+    """
+    return (
+        _why_not_model(model)
+        or _why_not_loss(base_loss, model, labels, cuts_dims or is_normalized(model))
+        or _why_not_features(features)
+    )
 
 
-def _why_not_loss(loss: Any, model: Any) -> str | None:
+def _why_not_loss(loss: Any, model: Any, labels: Any, normalized: bool) -> str | None:
     name = type(loss).__name__
-    cached, loss = loss, ranking_loss(loss)
-    if type(loss) is not MultipleNegativesRankingLoss:
-        return f"{name} has no fused path"
-    if loss.similarity_fct not in (cos_sim, pytorch_cos_sim):
-        return f"{name} has another similarity_fct than cos_sim"
-    if getattr(loss, "directions", ("query_to_doc",)) != ("query_to_doc",):
-        return f"{name} has other directions than query_to_doc"
-    if getattr(loss, "hardness_mode", None) is not None and loss.hardness_strength > 0:
-        return f"{name} has a hardness_mode"
-    if any(find_model(each.model) is not model for each in (cached, loss)):
+    caching, loss = loss, ranking_loss(loss)
+    teaches = fallback.are_embeddings(labels, model)
+    reason = adapters.refusal(loss, normalized, teaches)
+    if reason is not None:
+        return f"{name} {reason}"
+    if any(find_model(each.model) is not model for each in (caching, loss)):
         return f"{name} has another model"
-    return f"{name} has hooks or a replaced forward" if _is_hooked(cached) or _is_hooked(loss) else None
+    return f"{name} has hooks or a replaced forward" if _is_hooked(caching) or _is_hooked(loss) else None
 
 
 def _why_not_model(model: Any) -> str | None:

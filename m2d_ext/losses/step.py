@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 
 import torch
 from sentence_transformers.base.losses.gradcache import _get_batch_size
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from torch import Tensor, nn
 
 from .. import functional
+from . import adapters
 from .cached import Caching, MiniBatches
 from .embed import Features, embed
-from .gather import Batches, Draw, agree, gather_candidates, gathers
+from .gather import Batches, Draw, agree, gather_rows, gathers
 
 
 class Cells(NamedTuple):
@@ -31,7 +33,7 @@ class Step:
     Args:
         wrapper: what is called: the model itself, or what wraps it.
         model: the SentenceTransformer.
-        loss: the ranking loss of each cell.
+        loss: the base loss of each cell.
         normalize: whether the model normalises its embeddings.
         draw: one draw out of so many hidden states, the last of which is the final one.
         cells: the cells of a draw; the width D of the hidden states.
@@ -56,13 +58,13 @@ class Step:
     deferred: bool
     caching: Caching | None
 
-    def run(self, columns: list[Features]) -> "Result":
-        """The loss of a batch of C feature dicts.
+    def run(self, columns: list[Features], labels: Any) -> "Result":
+        """The loss of a batch of C feature dicts and its labels.
 
         Raises:
-            ValueError: fewer than two columns.
+            ValueError: fewer than two columns for an in-batch ranking loss; what the base loss says of labels.
         """
-        return _Plan(self, columns).run()
+        return _Plan(self, columns, labels).run()
 
 
 @dataclass(frozen=True)
@@ -100,11 +102,13 @@ class Result:
 class _Plan:
     """A step's draw and batch."""
 
-    def __init__(self, step: Step, columns: list[Features]) -> None:
+    def __init__(self, step: Step, columns: list[Features], labels: Any) -> None:
         self._step = step
         self._columns = columns
+        self._labels = labels
+        self._is_info_nce = adapters.is_info_nce(step.loss)
         self._gathers = gathers(step.loss)
-        if len(columns) < 2 and not self._gathers:
+        if isinstance(step.loss, MultipleNegativesRankingLoss) and len(columns) < 2 and not self._gathers:
             raise ValueError(f"Expected at least 2 embeddings, got {len(columns)}")
         self._batches: Batches | None = None
         self._draw: Draw = {}
@@ -136,7 +140,7 @@ class _Plan:
             return self._cached(step.caching)
         tokens, num_states = embed(step.wrapper, step.model, step.merge(self._columns), self._earlier, step.norm)
         tokens = tokens.select(self._layers(num_states))
-        if self._gathers:
+        if self._gathers or not self._is_info_nce:
             return self._of_pooled(functional.pool_of_tokens(tokens, deferred=step.deferred))
         cells = step.cells(self._draw, tokens.states[0].shape[-1])
         return self._result(functional.loss_of_tokens(tokens, deferred=step.deferred, **self._options(cells)), cells)
@@ -158,16 +162,56 @@ class _Plan:
         return replace(result, loss=handle)
 
     def _of_pooled(self, pooled: Tensor) -> Result:
+        cells = self._step.cells(self._draw, pooled.shape[-1])
+        results = (self._info_nce if self._is_info_nce else self._adapted)(pooled, cells)
+        return self._result(results, cells)
+
+    def _info_nce(self, pooled: Tensor, cells: Cells) -> functional.LossAndCells:
         candidates, offset = None, 0
         if self._batches is not None:
-            candidates = gather_candidates(pooled, len(self._columns), self._batches)
+            candidates = gather_rows(pooled[:, self._batches.sizes[self._batches.rank] :], self._batches)
             offset = self._batches.offset
-        cells = self._step.cells(self._draw, pooled.shape[-1])
         results = functional.matryoshka_2d_loss_pooled(
             pooled, candidates=candidates, target_offset=offset, return_cells=True, **self._options(cells)
         )
         assert isinstance(results, tuple)
-        return self._result(results, cells)
+        return results
+
+    def _adapted(self, pooled: Tensor, cells: Cells) -> functional.LossAndCells:
+        used = [k for k in range(len(cells.dims)) if any(row[k] != 0 for row in cells.weights)]
+        weights = torch.tensor(cells.weights, dtype=torch.float64, device=pooled.device)
+        everywhere = pooled if self._batches is None else gather_rows(pooled, self._batches)
+        rows = adapters.Rows(
+            columns=list(pooled.chunk(len(self._columns), dim=1)),
+            gathered=list(everywhere.chunk(len(self._columns), dim=1)),
+            offset=0 if self._batches is None else self._batches.offset,
+            dims=[cells.dims[k] for k in used],
+            features=self._columns,
+            labels=self._labels,
+        )
+        loss, kl = self._kl(pooled, cells)
+        values = torch.full_like(weights, torch.nan)
+        if used:
+            with torch.autocast(pooled.device.type, enabled=False):
+                found = adapters.cells(self._step.loss, rows)
+            loss = loss + (found * weights[:, used]).where(weights[:, used] != 0, 0).sum().to(loss.dtype)
+            values[:, used] = found.detach().where(weights[:, used] != 0, torch.nan)
+        return loss, values.to(loss.dtype), kl
+
+    def _kl(self, pooled: Tensor, cells: Cells) -> tuple[Tensor, Tensor]:
+        """The KLs of all layers, weighted, and each; there is no ranking, so every text may be a column."""
+        rows = pooled if pooled.shape[1] > 1 else pooled.repeat(1, 2, 1)
+        results = functional.matryoshka_2d_loss_pooled(
+            rows,
+            num_columns=rows.shape[1],
+            dims=cells.dims[-1:],
+            weights=[[0.0]] * len(rows),
+            kl_weights=cells.kl_weights,
+            kl_temperature=cells.kl_temperature,
+            normalize=self._step.normalize,
+            return_cells=True,
+        )
+        return results[0], results[2]
 
     def _result(self, results: functional.LossAndCells, cells: Cells) -> Result:
         return Result(*results, layers=sorted(self._draw), cells=cells, num_states=self.num_states)

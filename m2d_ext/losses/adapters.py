@@ -1,0 +1,378 @@
+"""Base losses beside plain InfoNCE, for all layers and dims at once: batched torch over the nested cosines.
+
+An adapter is a function of a sentence-transformers loss, the pooled rows and the labels that gives the loss of every
+cell (L, K), and one that says what it does not do. Prefixes are normalised, as MatryoshkaLoss does before it calls its
+base loss, so that there a dot product is a cosine.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from sentence_transformers.base.losses.merged_forward import embed_columns
+from sentence_transformers.sentence_transformer import losses
+from sentence_transformers.util import (
+    batch_to_device,
+    cos_sim,
+    dot_score,
+    misc,
+    pairwise_angle_sim,
+    pairwise_cos_sim,
+    pairwise_dot_score,
+    pytorch_cos_sim,
+)
+from torch import Tensor, nn
+
+from ..similarity import nested_cosines, nested_pair_cosines
+from .embed import Features
+
+COSINES = (cos_sim, pytorch_cos_sim)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The pooled rows of a batch as an adapter sees them.
+
+    Args:
+        columns: C tensors (L, B, D), this process's.
+        gathered: the same of all processes, (L, M, D); without gathering the same tensors.
+        offset: where this process's rows start in a gathered column.
+        dims: K ascending, distinct prefix lengths.
+        features: what the columns were embedded from.
+        labels: those of the batch.
+    """
+
+    columns: list[Tensor]
+    gathered: list[Tensor]
+    offset: int
+    dims: Sequence[int]
+    features: list[Features]
+    labels: Any
+
+    def cosines(self, a: Tensor, b: Tensor) -> Tensor:
+        """(L, K, A, B)."""
+        return nested_cosines(a, b, self.dims)
+
+    def pairs(self, a: Tensor, b: Tensor) -> Tensor:
+        """(L, K, A)."""
+        return nested_pair_cosines(a, b, self.dims)
+
+    @property
+    def batch_size(self) -> int:
+        return self.columns[0].shape[1]
+
+    @property
+    def own(self) -> Tensor:
+        """(B, M), true where a gathered row of a column is this process's row of the same text."""
+        place = torch.arange(self.batch_size, device=self.columns[0].device)
+        own = place.new_zeros((self.batch_size, self.gathered[0].shape[1]), dtype=torch.bool)
+        own[place, self.offset + place] = True
+        return own
+
+
+class Adapter(NamedTuple):
+    """How a type of loss runs on the fused path."""
+
+    cells: Callable[[Any, Rows], Tensor]  # of the loss and the rows: (L, K)
+    refusal: Callable[[Any, bool, bool], str | None]  # as the function of that name below
+
+
+def is_info_nce(loss: Any) -> bool:
+    """Whether the loss is what the fused kernel computes."""
+    return (
+        type(loss) is losses.MultipleNegativesRankingLoss
+        and tuple(loss.directions) == ("query_to_doc",)
+        and not _is_hardened(loss)
+    )
+
+
+def refusal(loss: Any, normalized: bool, teaches: bool) -> str | None:
+    """Why a base loss has no fused path, in words that follow its name; None if it has one.
+
+    Args:
+        loss: the base loss.
+        normalized: whether it is given normalised embeddings.
+        teaches: whether the labels are as wide as the embeddings, and so are taken for a teacher's.
+    """
+    adapter = ADAPTERS.get(type(loss))
+    return "has no fused path" if adapter is None else adapter.refusal(loss, normalized, teaches)
+
+
+def cells(loss: Any, rows: Rows) -> Tensor:
+    """The loss of every layer and dim, (L, K) in float64."""
+    return ADAPTERS[type(loss)].cells(loss, rows)
+
+
+# -- in-batch ranking: sentence-transformers' multiple_negatives_ranking.py --
+
+
+def _is_hardened(loss: Any) -> bool:
+    return loss.hardness_mode is not None and loss.hardness_strength > 0
+
+
+def _ranking_refusal(loss: Any, normalized: bool, _: bool) -> str | None:
+    is_cosine = loss.similarity_fct in COSINES or (normalized and loss.similarity_fct is dot_score)
+    return None if is_cosine else "has another similarity_fct than cos_sim"
+
+
+def _ranking(loss: Any, rows: Rows) -> Tensor:
+    anchors, positives = rows.columns[:2]
+    documents = torch.cat(rows.gathered[1:], dim=1)
+    own = rows.own
+    own_documents = own.repeat(1, len(rows.gathered) - 1)
+    similarities = rows.cosines(anchors, documents)
+    scores = [similarities * loss.scale]
+    if _is_hardened(loss):
+        hard = ~_spared(loss.hardness_mode, own_documents, own.shape[1])
+        scores[0] = scores[0] + loss.hardness_strength * similarities.detach() * hard
+    place = torch.arange(rows.batch_size, device=own.device)
+    positive = scores[0][..., place, rows.offset + place]
+    if "query_to_query" in loss.directions:
+        scores.append((rows.cosines(anchors, rows.gathered[0]) * loss.scale).masked_fill(own, -torch.inf))
+    if "doc_to_query" in loss.directions:
+        scores.append(rows.cosines(positives, rows.gathered[0]) * loss.scale)
+    if "doc_to_doc" in loss.directions:
+        scores.append((rows.cosines(positives, documents) * loss.scale).masked_fill(own_documents, -torch.inf))
+    if loss.partition_mode == "joint":
+        normalizer = torch.cat(scores, dim=-1).logsumexp(-1)
+    else:
+        normalizer = torch.stack([score.logsumexp(-1) for score in scores]).mean(0)
+    return (normalizer - positive).mean(-1)
+
+
+def _spared(mode: str, own_documents: Tensor, num_texts: int) -> Tensor:
+    """The documents (B, M) that a hardness mode leaves as they are."""
+    spared = own_documents.clone()
+    if mode == "hard_negatives":
+        spared = ~own_documents
+        spared[:, :num_texts] = True
+    elif mode == "all_negatives":
+        spared[:, num_texts:] = False
+    return spared
+
+
+# -- ranking by labels: cosent.py, angle.py --
+
+
+def _cosent_refusal(loss: Any, *_: Any) -> str | None:
+    return None if loss.similarity_fct is pairwise_cos_sim else "has another similarity_fct than pairwise_cos_sim"
+
+
+def _cosent(loss: Any, rows: Rows) -> Tensor:
+    labels = _one_label_each(loss, rows.labels, rows.batch_size)
+    return _rank_by_labels(rows.pairs(*rows.columns[:2]) * loss.scale, labels)
+
+
+def _angle_refusal(loss: Any, *_: Any) -> str | None:
+    return None if loss.similarity_fct is pairwise_angle_sim else "has another similarity_fct than pairwise_angle_sim"
+
+
+def _angle(loss: Any, rows: Rows) -> Tensor:
+    anchors, *others = rows.columns
+    labels = rows.labels
+    if len(others) == 1:
+        if labels is None:
+            raise ValueError("AnglELoss requires labels for datasets with pairs.")
+        labels = _one_label_each(loss, labels, rows.batch_size)
+    else:
+        labels = torch.ones(rows.batch_size, device=anchors.device) if labels is None else labels
+        labels = _one_label_each(loss, labels, rows.batch_size)
+        labels = torch.cat([labels, (1 - labels).repeat(len(others) - 1)])
+    anchors, candidates = anchors.repeat(1, len(others), 1), torch.cat(others, dim=1)
+    sines = torch.stack([_sines(anchors[..., :d].double(), candidates[..., :d].double()) for d in rows.dims], dim=1)
+    return _rank_by_labels((rows.pairs(anchors, candidates) + sines).abs() * loss.scale, labels)
+
+
+def _sines(a: Tensor, b: Tensor) -> Tensor:
+    """Sum over the pairs of dimensions i and i + d / 2 of the normalised rows, d made even: (L, N)."""
+    a, b = (F.pad(F.normalize(rows, dim=-1), (0, rows.shape[-1] % 2)) for rows in (a, b))
+    (first_a, last_a), (first_b, last_b) = a.chunk(2, -1), b.chunk(2, -1)
+    return (last_a * first_b - first_a * last_b).sum(-1)
+
+
+def _one_label_each(loss: Any, labels: Tensor, batch_size: int) -> Tensor:
+    if labels.numel() != batch_size:
+        raise ValueError(
+            f"{type(loss).__name__} expects {batch_size} labels (one per example), "
+            f"but got {labels.numel()} labels with shape {tuple(labels.shape)}."
+        )
+    return labels.view(-1)
+
+
+def _rank_by_labels(scores: Tensor, labels: Tensor) -> Tensor:
+    """log(1 + sum exp(s_i - s_j)) over the pairs with label i < label j, of scores (L, K, B)."""
+    labels, order = (labels.int() if labels.dtype == torch.bool else labels).sort()
+    scores = scores[..., order]
+    higher = torch.searchsorted(labels, labels, right=True)
+    suffixes = F.pad((-scores).flip(-1).logcumsumexp(-1).flip(-1), (0, 1), value=-torch.inf)
+    return F.pad(scores + suffixes[..., higher], (1, 0)).logsumexp(-1)
+
+
+# -- regression: cosine_similarity.py, margin_mse.py, embed_distill.py, mse.py, distill_kl_div.py --
+
+
+def _cosine_refusal(loss: Any, *_: Any) -> str | None:
+    plain = type(loss.loss_fct) is nn.MSELoss and loss.loss_fct.reduction == "mean"
+    if not plain or type(loss.cos_score_transformation) is not nn.Identity:
+        return "has another loss_fct than MSELoss() or a cos_score_transformation"
+    return None
+
+
+def _cosine(loss: Any, rows: Rows) -> Tensor:
+    labels = _one_label_each(loss, rows.labels, rows.batch_size)
+    return (rows.pairs(*rows.columns[:2]) - labels.float()).square().mean(-1)
+
+
+def _dot_refusal(loss: Any, normalized: bool, teaches: bool) -> str | None:
+    if teaches:
+        return "has labels as wide as the embeddings, which MatryoshkaLoss cuts"
+    is_cosine = loss.similarity_fct is pairwise_cos_sim or (normalized and loss.similarity_fct is pairwise_dot_score)
+    return None if is_cosine else "has a similarity_fct that is no cosine of these embeddings"
+
+
+def _scores(rows: Rows) -> Tensor:
+    """Of the anchors with each other column: (L, K, B, C - 1)."""
+    return torch.stack([rows.pairs(rows.columns[0], column) for column in rows.columns[1:]], dim=-1)
+
+
+def _margin_mse(_: Any, rows: Rows) -> Tensor:
+    labels, negatives = rows.labels, len(rows.columns) - 2
+    if labels.shape == (rows.batch_size, negatives + 1):
+        labels = labels[:, :1] - labels[:, 1:]
+    if labels.shape == (rows.batch_size,):
+        labels = labels[:, None]
+    if labels.shape != (rows.batch_size, negatives):
+        raise ValueError(
+            f"Labels shape {labels.shape} does not match expected shape {(rows.batch_size, negatives)}. "
+            "Ensure that your dataset labels/scores are 1) lists of differences between positive scores and "
+            "negatives scores (length `num_negatives`), or 2) lists of positive and negative scores "
+            "(length `num_negatives + 1`)."
+        )
+    scores = _scores(rows)
+    return (scores[..., :1] - scores[..., 1:] - labels.detach()).square().mean((-1, -2))
+
+
+def _distill_kl(loss: Any, rows: Rows) -> Tensor:
+    labels, shape = rows.labels, (rows.batch_size, len(rows.columns) - 1)
+    if shape[1] < 2:
+        raise ValueError(
+            f"{type(loss).__name__} expects at least 3 columns (query, positive, negative_1, ...), "
+            f"but got {len(rows.columns)}. A softmax over one candidate is constant, so the loss and "
+            "its gradient would be identically zero. Add at least a second candidate column."
+        )
+    if labels.shape != shape:
+        raise ValueError(
+            f"{type(loss).__name__} expects teacher scores of shape (batch_size, N) = {shape} for {shape[1]} "
+            f"candidate columns, but got {tuple(labels.shape)}."
+        )
+    student = (_scores(rows) / loss.student_temperature).log_softmax(-1)
+    teacher = (labels.detach() / loss.teacher_temperature).softmax(-1)
+    if not getattr(loss, "_checked_teacher_scale", True):
+        loss._checked_teacher_scale = True
+        misc.check_teacher_targets(teacher, labels, loss.teacher_temperature, type(loss).__name__)
+    kl = (torch.xlogy(teacher, teacher) - teacher * student).sum(-1).mean(-1)
+    return kl * loss.student_temperature**2
+
+
+def _distill_refusal(loss: Any, normalized: bool, teaches: bool) -> str | None:
+    if getattr(loss, "projection", None) is not None:
+        return "has a projection"
+    if loss.distance_metric == "l2":
+        return "has the distance_metric l2"
+    if loss.distance_metric == "mse" and not normalized:
+        return "has the distance_metric mse for embeddings that are not normalised"
+    return None if teaches else "has labels of another shape than the embeddings"
+
+
+def _distill(loss: Any, rows: Rows) -> Tensor:
+    labels = rows.labels.detach()
+    if labels.ndim == 3 and labels.shape[1] != len(rows.columns):
+        raise ValueError(
+            f"Number of label columns ({labels.shape[1]}) does not match number of input text columns "
+            f"({len(rows.columns)}). Either pass 3D labels with shape (batch_size, {len(rows.columns)}, teacher_dim), "
+            "or pass 2D labels of shape (batch_size, teacher_dim) to broadcast a single label across all columns."
+        )
+    distances = []
+    for c, column in enumerate(rows.columns):
+        teacher = (labels if labels.ndim == 2 else labels[:, c]).to(column).expand_as(column)
+        cosines = rows.pairs(column, teacher)
+        if loss.distance_metric == "cosine":
+            distances.append((1 - cosines).mean(-1))
+            continue
+        # |e - y|^2 = |e|^2 - 2 e y + |y|^2, where |e| is 1, or 0 for a row of zeros.
+        norms = torch.stack([teacher[..., :d].double().norm(dim=-1) for d in rows.dims], dim=1)
+        ones = torch.stack([(column[..., :d].detach() != 0).any(-1).double() for d in rows.dims], dim=1)
+        widths = torch.tensor(rows.dims, device=column.device)[:, None]
+        distances.append(((ones - 2 * cosines * norms + norms.square()) / widths).mean(-1))
+    return torch.stack(distances).mean(0)
+
+
+# -- guided and regularised: gist_embed.py, global_orthogonal_regularization.py --
+
+
+def _gist_refusal(loss: Any, *_: Any) -> str | None:
+    return "gathers across devices" if loss.gather_across_devices else None
+
+
+def _gist(loss: Any, rows: Rows) -> Tensor:
+    if len(rows.columns) not in (2, 3):
+        raise ValueError(f"Expected 2 or 3 embeddings, got {len(rows.columns)}")
+    anchor, positive, *negatives = rows.columns
+    guide_anchor, guide_positive, *guide_negatives = _guide(loss, rows.features)
+    guided = loss.sim_matrix(guide_anchor, guide_positive)
+    bound = guided.diagonal().view(-1, 1)
+    bound = bound - (loss.margin if loss.margin_strategy == "absolute" else bound.abs() * loss.margin)
+    blocks = [rows.cosines(anchor, positive).masked_fill((guided > bound) & ~rows.own, -torch.inf)]
+    wanted = [(anchor, anchor, guide_anchor, guide_anchor)] if loss.contrast_anchors else []
+    wanted += [(positive, positive, guide_positive, guide_positive)] if loss.contrast_positives else []
+    wanted += [(anchor, rows_, guide_anchor, guide) for rows_, guide in zip(negatives, guide_negatives, strict=True)]
+    for a, b, guide_a, guide_b in wanted:
+        blocks.append(rows.cosines(a, b).masked_fill(loss.sim_matrix(guide_a, guide_b) > bound, -torch.inf))
+    scores = torch.cat(blocks, dim=-1) / loss.temperature
+    return (scores.logsumexp(-1) - scores.diagonal(dim1=-2, dim2=-1)).mean(-1)
+
+
+@torch.no_grad()
+def _guide(loss: Any, features: Sequence[Features]) -> list[Tensor]:
+    """The guide's embeddings of the columns; all cells share them."""
+    columns = [dict(column) for column in features]
+    if loss.must_retokenize:
+        texts = [loss.tokenizer.batch_decode(column["input_ids"], skip_special_tokens=True) for column in columns]
+        columns = [batch_to_device(loss.guide.preprocess(text), loss.guide.device) for text in texts]
+    return embed_columns(loss.guide, columns)
+
+
+def _orthogonal_refusal(loss: Any, normalized: bool, teaches: bool) -> str | None:
+    return _ranking_refusal(loss, normalized, teaches)
+
+
+def _orthogonal(loss: Any, rows: Rows) -> Tensor:
+    count = max(rows.batch_size * (rows.batch_size - 1), 1)
+    expected = 1 / torch.tensor(rows.dims, dtype=torch.float64, device=rows.columns[0].device)
+    terms = []
+    for column in rows.columns:
+        others = rows.cosines(column, column).masked_fill(rows.own, 0)
+        mean, moment = others.sum((-1, -2)) / count, others.square().sum((-1, -2)) / count
+        terms.append(
+            (loss.mean_weight or 0.0) * mean.square()
+            + (loss.second_moment_weight or 0.0) * torch.relu(moment - expected)
+        )
+    total = torch.stack(terms)
+    return total.sum(0) if loss.aggregation == "sum" else total.mean(0)
+
+
+ADAPTERS = {
+    losses.MultipleNegativesRankingLoss: Adapter(_ranking, _ranking_refusal),
+    losses.MultipleNegativesSymmetricRankingLoss: Adapter(_ranking, _ranking_refusal),
+    losses.CoSENTLoss: Adapter(_cosent, _cosent_refusal),
+    losses.AnglELoss: Adapter(_angle, _angle_refusal),
+    losses.CosineSimilarityLoss: Adapter(_cosine, _cosine_refusal),
+    losses.MarginMSELoss: Adapter(_margin_mse, _dot_refusal),
+    losses.DistillKLDivLoss: Adapter(_distill_kl, _dot_refusal),
+    losses.MSELoss: Adapter(_distill, _distill_refusal),
+    losses.EmbedDistillLoss: Adapter(_distill, _distill_refusal),
+    losses.GISTEmbedLoss: Adapter(_gist, _gist_refusal),
+    losses.GlobalOrthogonalRegularizationLoss: Adapter(_orthogonal, _orthogonal_refusal),
+}

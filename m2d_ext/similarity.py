@@ -1,0 +1,96 @@
+"""Cosines of all prefixes of all layers' rows at once, differentiably: what the losses beside InfoNCE are made of.
+
+    U_k = U_{k-1} + A[:, chunk k] B[:, chunk k]^T,    S_k = U_k / (max(|A[:, :d_k]|, eps) max(|B[:, :d_k]|, eps))
+
+One pass over the D dimensions serves all K prefixes, and so does one back: with G = dL/dS, X_k = G_k na_k nb_k and
+r_k[i] = na_k[i]^2 sum_j G_k[i, j] S_k[i, j], the rows of chunk c get (sum_{k >= c} X_k) B - (sum_{k >= c} r_k) A.
+
+All of it in double: rows of a real batch are nearly parallel in the early layers, where cosines agree in most of their
+digits and the two terms of the gradient cancel.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .reference import NORM_EPS
+
+
+def nested_cosines(a: Tensor, b: Tensor, dims: Sequence[int]) -> Tensor:
+    """Cosines of every row of ``a`` with every row of ``b``.
+
+    Args:
+        a: (L, A, D).
+        b: (L, B, D).
+        dims: K ascending, distinct prefix lengths.
+
+    Returns:
+        (L, K, A, B), float64. A row whose prefix is 0 has cosines of 0.
+    """
+    return _Cosines.apply(a, b, tuple(dims), False)
+
+
+def nested_pair_cosines(a: Tensor, b: Tensor, dims: Sequence[int]) -> Tensor:
+    """Cosines of row i of ``a`` with row i of ``b``, both (L, A, D); else as :func:`nested_cosines`: (L, K, A)."""
+    return _Cosines.apply(a, b, tuple(dims), True)
+
+
+def _inverse_norms(rows: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """1 / max(|prefix|, eps) (L, K, R), and its square, but 0 where the norm is clamped and so a constant."""
+    squared = torch.stack([rows[..., i:j].square().sum(-1) for i, j in _chunks(dims)], 1).cumsum(1)
+    inverse = squared.clamp(min=NORM_EPS**2).rsqrt()
+    return inverse, inverse.square().masked_fill(squared < NORM_EPS**2, 0)
+
+
+def _chunks(dims: Sequence[int]) -> list[tuple[int, int]]:
+    return list(itertools.pairwise([0, *dims]))
+
+
+class _Cosines(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, dims: tuple[int, ...], pairs: bool) -> Tensor:
+        rows, others = a.double(), b.double()
+        inverse_a, radial_a = _inverse_norms(rows, dims)
+        inverse_b, radial_b = _inverse_norms(others, dims)
+        products = [_product(rows[..., i:j], others[..., i:j], pairs) for i, j in _chunks(dims)]
+        cosines = torch.stack(products, 1).cumsum(1)
+        scale = inverse_a * inverse_b if pairs else inverse_a[..., None] * inverse_b[..., None, :]
+        cosines *= scale
+        ctx.save_for_backward(a, b, cosines, scale, radial_a, radial_b)
+        ctx.dims, ctx.pairs = dims, pairs
+        return cosines
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        a, b, cosines, scale, radial_a, radial_b = ctx.saved_tensors
+        along = grad * cosines
+        outer = _suffix_sums(grad * scale)
+        along_a, along_b = (along, along) if ctx.pairs else (along.sum(-1), along.sum(-2))
+        need_a, need_b, *_ = ctx.needs_input_grad
+        grad_a = _rows_grad(a, b, outer, along_a * radial_a, ctx) if need_a else None
+        transposed = outer if ctx.pairs else outer.mT
+        return grad_a, _rows_grad(b, a, transposed, along_b * radial_b, ctx) if need_b else None, None, None
+
+
+def _product(a: Tensor, b: Tensor, pairs: bool) -> Tensor:
+    return (a * b).sum(-1) if pairs else a @ b.mT
+
+
+def _suffix_sums(values: Tensor) -> Tensor:
+    """sum_{k' >= k} along dimension 1."""
+    return values.flip(1).cumsum(1).flip(1)
+
+
+def _rows_grad(rows: Tensor, others: Tensor, outer: Tensor, along: Tensor, ctx: Any) -> Tensor:
+    radial = _suffix_sums(along)[..., None]
+    grad = torch.zeros_like(rows)
+    for k, (i, j) in enumerate(_chunks(ctx.dims)):
+        chunk = others[..., i:j].double()
+        across = outer[:, k, :, None] * chunk if ctx.pairs else outer[:, k] @ chunk
+        grad[..., i:j] = across - radial[:, k] * rows[..., i:j]
+    return grad
