@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer import losses as st_losses
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 from torch import nn
@@ -154,6 +155,17 @@ def test_nothing_stays_changed_after_an_exception(mini_batch_size: int | None) -
     assert model[0].auto_model.config.output_hidden_states is False
     assert not any("forward" in vars(module) for module in model.modules())
     assert model(columns_of(model, (4,))[0])["sentence_embedding"].shape == (3, HIDDEN)
+
+
+def test_after_a_loss_of_sentence_transformers(caplog: pytest.LogCaptureFixture) -> None:
+    """Which leaves the modules' own forward in their place: nothing that the fused path would miss."""
+    model = tiny_model()
+    loss_of(model)(columns_of(model, (4, 9)), None)
+    theirs = st_losses.Matryoshka2dLoss(model, MultipleNegativesRankingLoss(model), [HIDDEN, 8])
+    theirs(columns_of(model, (4, 9)), None)
+    assert any("forward" in vars(module) for module in model.modules())
+    loss_of(model)(columns_of(model, (4, 9)), None)
+    assert not caplog.messages
 
 
 def test_features_are_left_as_they_are() -> None:

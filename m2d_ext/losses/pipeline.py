@@ -98,8 +98,13 @@ def _why_not_features(features: Sequence[Features]) -> str | None:
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class's forward."""
-    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in vars(module)
+    """Whether calling the module does more than its class's forward.
+
+    That forward itself, bound to the module, is what sentence-transformers' own losses leave behind.
+    """
+    own = vars(module).get("forward")
+    replaced = own is not None and getattr(own, "__func__", None) is not type(module).forward
+    return bool(module._forward_hooks or module._forward_pre_hooks) or replaced
 
 
 def is_normalized(model: Any) -> bool:
