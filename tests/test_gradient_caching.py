@@ -100,8 +100,7 @@ class Uncached(cached.MiniBatches):
     """The same mini-batches, drawing the same dropout, with all their graphs kept: no gradient caching."""
 
     def whole(self) -> Tensor:
-        tokens = [self._embed([part], None)[0] for part in self._parts]
-        return torch.cat([m2d_ext.functional.pool_of_tokens(each) for each in tokens], dim=1)
+        return torch.cat([self._embed([part], None)[0] for part in self._parts], dim=1)
 
 
 @pytest.mark.parametrize("architecture", ["bert", "modernbert"])

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from packaging.version import Version
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses as st_losses
+from sentence_transformers.sentence_transformer.modules import LayerNorm, Normalize
 from sentence_transformers.util import dot_score, pairwise_cos_sim
 from torch import Tensor, nn
 
@@ -781,21 +782,29 @@ def test_poolings(pooling: str, wrapper: str, left_padding: bool, prompt_length:
     check(wrapper, configuration, features=features_with_prompt)
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_fallback_for_concatenated_poolings(wrapper: str) -> None:
-    configuration = Configuration(arguments=FALLBACK_ARGUMENTS, model_arguments={"pooling": ("mean", "cls")})
-    assert check(wrapper, configuration).fallbacks
-
-
+@pytest.mark.usefixtures("expect_fused")
+@pytest.mark.parametrize("modes", [("mean", "cls"), ("max", "lasttoken", "weightedmean")], ids=" ".join)
 @pytest.mark.parametrize("normalize", [False, True], ids=["raw", "normalized"])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_fallback_for_a_module_after_pooling(wrapper: str, normalize: bool) -> None:
+def test_concatenated_poolings(wrapper: str, normalize: bool, modes: tuple[str, ...]) -> None:
+    arguments = FALLBACK_ARGUMENTS | {"matryoshka_dims": [len(modes) * HIDDEN, HIDDEN + 3, 8]}
+    check(wrapper, Configuration(normalize=normalize, arguments=arguments, model_arguments={"pooling": modes}))
+
+
+@pytest.mark.usefixtures("expect_fused")
+@pytest.mark.parametrize("base", ["plain", "two directions, apart", "CoSENT"])
+@pytest.mark.parametrize("arguments", [ALL_CELLS, FALLBACK_ARGUMENTS], ids=["all", "drawn"])
+@pytest.mark.parametrize("normalize", [False, True], ids=["raw", "normalized"])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_modules_after_pooling(wrapper: str, normalize: bool, arguments: dict[str, Any], base: str) -> None:
     """A trainable Dense receives a gradient from every layer."""
-    configuration = Configuration(
-        normalize=normalize, arguments=ALL_CELLS, lengths=THREE_COLUMNS, model_arguments={"dense": HIDDEN}
-    )
-    comparison = check(wrapper, configuration)
-    assert comparison.fallbacks
+    configuration = Configuration(arguments=arguments, lengths=THREE_COLUMNS, model_arguments={"dense": HIDDEN})
+    model = configuration.model()
+    model.append(LayerNorm(HIDDEN))
+    if normalize:
+        model.append(Normalize())
+    chosen = BASE_LOSSES.get(base, Base(base_loss))
+    comparison = check(wrapper, configuration, model=model, base=chosen.build, labels=chosen.labels)
     assert any(".linear." in name for name in comparison.gradient_ratios)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..architecture import final_norm as find_final_norm
 from . import fallback, pipeline
 from .cached import choose_caching, read_caching
-from .embed import Features, merged_alike
+from .embed import Features, merged_alike, transforms_rows
 from .gather import Draw, Drawn, is_distributed
 from .matryoshka import MatryoshkaLoss, check_uncached, say_fallback
 from .recipe import LayerWeighting, check_below, choose_layers, read_layers, read_weighting
@@ -204,7 +204,7 @@ class AdaptiveLayerLoss(nn.Module):
             wrapper=self.model,
             model=model,
             loss=pipeline.ranking_loss(self._base_loss()),
-            normalize=pipeline.is_normalized(model),
+            normalize=pipeline.is_normalized(model) and not transforms_rows(model),
             draw=self._draw,
             cells=self._cells,
             num_dims=len(self.loss.matryoshka_dims) if isinstance(self.loss, MatryoshkaLoss) else 1,

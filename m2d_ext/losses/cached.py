@@ -20,8 +20,7 @@ from sentence_transformers.sentence_transformer.losses import CachedMultipleNega
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .. import functional
-from .embed import Features, embed
+from .embed import Features, embed_rows, select_layers
 
 
 class Caching(NamedTuple):
@@ -74,7 +73,7 @@ class MiniBatches:
     """One batch's texts in mini-batches, to be embedded twice.
 
     Args:
-        wrapper: what is called, as in :func:`m2d_ext.losses.embed.embed`.
+        wrapper: what is called, as in :func:`m2d_ext.losses.embed.embed_rows`.
         model: as there.
         columns: the feature dicts, which must stay as they are until the backward.
         caching: how to split them.
@@ -91,7 +90,7 @@ class MiniBatches:
         norm: nn.Module | None = None,
         deferred: bool = False,
     ) -> None:
-        self._embed = partial(embed, wrapper, model, norm=norm)
+        self._embed = partial(embed_rows, wrapper, model, norm=norm)
         self._wrapper = wrapper
         self._caching = caching
         self._deferred = deferred
@@ -113,8 +112,7 @@ class MiniBatches:
             for part in self._progress(self._parts):
                 if replayed:
                     self._contexts.append(_Context(part.values()))
-                tokens, num_states = self._embed([part], earlier)
-                rows = functional.pool_of_tokens(tokens)
+                rows, num_states = self._embed([part], earlier)
                 if first == 0:
                     pooled = rows.new_empty(rows.shape[0], self._num_texts, rows.shape[2])
                 pooled[:, first : first + rows.shape[1]] = rows
@@ -134,11 +132,11 @@ class MiniBatches:
         for i, (part, context) in enumerate(zip(self._progress(self._parts), self._contexts, strict=True)):
             with torch.enable_grad(), _synchronised(self._wrapper, i == last):
                 with context.replayed():
-                    tokens, _ = self._embed([part], earlier)
-                    rows = functional.pool_of_tokens(tokens.select(layers), deferred=self._deferred)
+                    rows, _ = self._embed([part], earlier, deferred=self._deferred)
+                rows = select_layers(rows, layers)
                 if rows.requires_grad:
-                    rows.backward(pooled_grad[:, first : first + tokens.num_texts])
-                first += tokens.num_texts
+                    rows.backward(pooled_grad[:, first : first + rows.shape[1]])
+                first += rows.shape[1]
 
     def _progress(self, parts: Sequence[Features]) -> Iterable[Features]:
         return tqdm.tqdm(parts, desc="Embed mini-batches", disable=not self._caching.show_progress_bar)

@@ -1,14 +1,17 @@
 """From feature dicts to hidden states: which are asked of the model, and in how many calls."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from sentence_transformers.base.losses.merged_forward import merge_feature_batches
+from sentence_transformers.sentence_transformer.modules import Normalize
 from torch import Tensor, nn
 
+from .. import functional
 from ..arguments import Tokens
 from ..pooling import padded_coefficients
 from ..reference import accumulate_dtype
@@ -55,7 +58,7 @@ def embed(
     earlier: Sequence[int] | None,
     norm: nn.Module | None = None,
 ) -> tuple[Tokens, int]:
-    """Call the model on feature batches.
+    """Call the model on feature batches, and take the hidden states.
 
     Args:
         wrapper: what is called: the model itself, or what wraps it.
@@ -71,19 +74,97 @@ def embed(
     Raises:
         RuntimeError: the encoder did not return a state that it was asked for.
     """
+    outputs = _call(wrapper, model, batches, earlier, dict.fromkeys(list(model.children())[1:], _pass_on))
+    states = [_states(output, earlier, norm) for output in outputs]
+    return _tokens(states, outputs, model[1], model[1].pooling_mode), _num_states(outputs[0])
+
+
+def embed_rows(
+    wrapper: nn.Module,
+    model: Any,
+    batches: Sequence[Features],
+    earlier: Sequence[int] | None,
+    norm: nn.Module | None = None,
+    deferred: bool = False,
+) -> tuple[Tensor, int]:
+    """Call the model on feature batches, and take the rows of all layers after all of its modules but Normalize.
+
+    Modules after the pooling run once, on the rows of all layers together, and inside the wrapper, which may look for
+    the parameters that a call used.
+
+    Args:
+        wrapper: as in :func:`embed`, and so are the next four.
+        model: Transformer, Pooling, and then modules that work on rows.
+        batches: as there.
+        earlier: as there.
+        norm: as there.
+        deferred: whether the gradients of earlier layers may be deferred (:mod:`m2d_ext.deferred`).
+
+    Returns:
+        (L, N, D) in the accumulation dtype, and how many hidden states the encoder has. D is what the modules make of
+        it: several modes' widths together, or a Dense's. A Normalize that follows nothing but Pooling is left out.
+    """
+    if not transforms_rows(model):
+        tokens, num_states = embed(wrapper, model, batches, earlier, norm)
+        return functional.pool_of_tokens(tokens, deferred=deferred), num_states
+    pool = partial(_pool_all_layers, model[1], earlier, norm, deferred)
+    outputs = _call(wrapper, model, batches, earlier, {model[1]: pool})
+    rows = [output["sentence_embedding"].unflatten(0, (output["num_pooled_layers"], -1)) for output in outputs]
+    joined = torch.cat(rows, dim=1)
+    return joined.to(accumulate_dtype(joined.dtype)), _num_states(outputs[0])
+
+
+def transforms_rows(model: Any) -> bool:
+    """Whether rows are more than one mode's pooling of hidden states, normalised or not."""
+    modules = list(model.children())
+    return not isinstance(modules[1].pooling_mode, str) or any(not isinstance(m, Normalize) for m in modules[2:])
+
+
+def select_layers(rows: Tensor, layers: Sequence[int]) -> Tensor:
+    """``rows[layers]``, the rows themselves where that is all of them."""
+    return rows if len(layers) == len(rows) else rows[list(layers)]
+
+
+def _call(
+    wrapper: nn.Module,
+    model: Any,
+    batches: Sequence[Features],
+    earlier: Sequence[int] | None,
+    forwards: dict[nn.Module, Callable[..., Features]],
+) -> list[Features]:
+    """The model's outputs, the wanted hidden states among them, with the forwards of some modules replaced."""
     with ExitStack() as stack:
         if earlier is None:
             stack.enter_context(returned_states(model, True))
         elif earlier:
             stack.enter_context(returned_states(model, list(earlier)))
-        for module in list(model.children())[1:]:
-            stack.enter_context(replaced_forward(module, _pass_on))
+        for module, forward in forwards.items():
+            stack.enter_context(replaced_forward(module, forward))
         # Copies: the modules write their outputs into the dicts, and the caller's would keep all states alive.
-        outputs = [wrapper(dict(batch)) for batch in batches]
-    # An encoder without layers returns none.
-    num_states = max(1, len(outputs[0].get("all_layer_embeddings", ())))
-    chosen = range(num_states - 1) if earlier is None else earlier
-    return _tokens([_states(output, chosen, norm) for output in outputs], outputs, model[1]), num_states
+        return [wrapper(dict(batch)) for batch in batches]
+
+
+def _pool_all_layers(
+    pooling: Any,
+    earlier: Sequence[int] | None,
+    norm: nn.Module | None,
+    deferred: bool,
+    features: Features,
+    **_: Any,
+) -> Features:
+    """A Pooling's forward that returns the rows of all wanted layers, (L * n, D), as one batch of embeddings."""
+    states = _states(features, earlier, norm)
+    modes = (pooling.pooling_mode,) if isinstance(pooling.pooling_mode, str) else pooling.pooling_mode
+    tables = [_tokens([states], [features], pooling, mode) for mode in modes]
+    rows = torch.cat([functional.pool_of_tokens(tokens, deferred=deferred) for tokens in tables], dim=-1)
+    features["sentence_embedding"] = rows.flatten(0, 1).to(tables[0].states[0].dtype)
+    features["num_pooled_layers"] = len(rows)
+    return features
+
+
+def _num_states(output: Features) -> int:
+    """How many hidden states the encoder has; one without layers returns none."""
+    return max(1, len(output.get("all_layer_embeddings", ())))
 
 
 def _pass_on(features: Features, **_: Any) -> Features:
@@ -91,8 +172,9 @@ def _pass_on(features: Features, **_: Any) -> Features:
     return features
 
 
-def _states(output: Features, earlier: Iterable[int], norm: nn.Module | None) -> list[Tensor]:
+def _states(output: Features, earlier: Sequence[int] | None, norm: nn.Module | None) -> list[Tensor]:
     final = output["token_embeddings"]
+    earlier = range(_num_states(output) - 1) if earlier is None else earlier
     states = [output["all_layer_embeddings"][layer] for layer in earlier]
     if any(state is None for state in states):
         raise RuntimeError("the encoder did not return the hidden states that its output_hidden_states asked for")
@@ -125,20 +207,20 @@ def _merged(columns: Sequence[Features]) -> list[Features]:
     return list(columns) if merged is None else [merged]
 
 
-def _tokens(states: Sequence[Sequence[Tensor]], outputs: Sequence[Features], pooling: Any) -> Tokens:
+def _tokens(states: Sequence[Sequence[Tensor]], outputs: Sequence[Features], pooling: Any, mode: str) -> Tokens:
     """Blocks of states (calls × layers) and the coefficients of sentence-transformers' ``Pooling`` for them."""
     dtype = _common_dtype(state.dtype for block in states for state in block)
     tables = [
         padded_coefficients(
             _mask(output, block[-1]),
-            pooling.pooling_mode,
+            mode,
             accumulate_dtype(dtype),
             prompt_length=0 if pooling.include_prompt else _prompt_length(output),
         )
         for output, block in zip(outputs, states, strict=True)
     ]
     layer_major = [state.to(dtype) for layer in zip(*states, strict=True) for state in layer]
-    return Tokens(layer_major, tables, maximum=pooling.pooling_mode == "max")
+    return Tokens(layer_major, tables, maximum=mode == "max")
 
 
 def _mask(features: Features, states: Tensor) -> Tensor:

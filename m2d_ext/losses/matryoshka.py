@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import fallback, pipeline
 from .cached import Caching, choose_caching, read_caching
-from .embed import Features, merged_candidates
+from .embed import Features, merged_candidates, transforms_rows
 from .gather import Draw, Drawn
 from .step import Cells, Step
 
@@ -150,7 +150,7 @@ class MatryoshkaLoss(nn.Module):
             wrapper=self.model,
             model=model,
             loss=pipeline.ranking_loss(self.loss),
-            normalize=pipeline.is_normalized(model),
+            normalize=pipeline.is_normalized(model) and not transforms_rows(model),
             draw=lambda _: {0: Drawn(self.draw_dims(), 1.0)},
             cells=self._cells,
             num_dims=len(self.matryoshka_dims),

@@ -7,7 +7,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.model import BaseModel
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
-from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+from sentence_transformers.sentence_transformer.modules import Dense, LayerNorm, Normalize, Pooling
 from torch import nn
 
 from . import adapters, fallback
@@ -15,6 +15,10 @@ from .embed import Features
 
 # What only the reference loop reads from a batch.
 UNFUSED_FEATURES = ("cu_seq_lens_q", "token_weights_sum", "cls_token_embeddings")
+
+
+# What may follow the pooling: it works on each row by itself.
+ROW_MODULES = (Dense, LayerNorm, Normalize)
 
 
 def find_model(model: Any) -> Any:
@@ -78,15 +82,15 @@ def _why_not_model(model: Any) -> str | None:
     modules = list(model.children())
     if [type(module) for module in modules[:2]] != [Transformer, Pooling]:
         return "the model does not start with Transformer and Pooling"
-    transformer, pooling = modules[:2]
-    if getattr(transformer, "module_output_name", "token_embeddings") != "token_embeddings":
+    if getattr(modules[0], "module_output_name", "token_embeddings") != "token_embeddings":
         return "the Transformer does not return token embeddings"
-    if not isinstance(pooling.pooling_mode, str):
-        return "Pooling concatenates several modes"
-    if len(modules) > 2 and [type(module) for module in modules[2:]] != [Normalize]:
-        return "the model has modules other than Normalize after Pooling"
-    if any(getattr(m, "module_output_name", "sentence_embedding") != "sentence_embedding" for m in modules[2:]):
-        return "Normalize does not write the sentence embedding"
+    others = [type(module).__name__ for module in modules[2:] if type(module) not in ROW_MODULES]
+    if others:
+        return f"the model has {others[0]} after Pooling"
+    for module in modules[2:]:
+        for name in ("module_input_name", "module_output_name"):
+            if getattr(module, name, "sentence_embedding") != "sentence_embedding":
+                return f"{type(module).__name__} does not read or write the sentence embedding alone"
     if model._forward_hooks or any(map(_is_hooked, modules)):
         return "the model's modules have hooks or a replaced forward"
     return None
@@ -108,5 +112,5 @@ def _is_hooked(module: nn.Module) -> bool:
 
 
 def is_normalized(model: Any) -> bool:
-    """Whether a Normalize follows the pooling."""
-    return any(isinstance(module, Normalize) for module in model.children())
+    """Whether the embeddings are normalised."""
+    return isinstance(list(model.children())[-1], Normalize)

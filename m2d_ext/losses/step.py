@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import functional
 from . import adapters
 from .cached import Caching, MiniBatches
-from .embed import Features, embed
+from .embed import Features, embed, embed_rows, select_layers, transforms_rows
 from .gather import Batches, Draw, agree, gather_rows, gathers
 
 
@@ -34,7 +34,7 @@ class Step:
         wrapper: what is called: the model itself, or what wraps it.
         model: the SentenceTransformer.
         loss: the base loss of each cell.
-        normalize: whether the model normalises its embeddings.
+        normalize: whether the embeddings are still to be normalised, as the model does.
         draw: one draw out of so many hidden states, the last of which is the final one.
         cells: the cells of a draw; the width D of the hidden states.
         num_dims: what the draw's indices of dims are below.
@@ -138,10 +138,12 @@ class _Plan:
         step = self._step
         if step.caching is not None:
             return self._cached(step.caching)
-        tokens, num_states = embed(step.wrapper, step.model, step.merge(self._columns), self._earlier, step.norm)
+        batches = step.merge(self._columns)
+        if self._gathers or not self._is_info_nce or transforms_rows(step.model):
+            pooled, num_states = embed_rows(step.wrapper, step.model, batches, self._earlier, step.norm, step.deferred)
+            return self._of_pooled(select_layers(pooled, self._layers(num_states)))
+        tokens, num_states = embed(step.wrapper, step.model, batches, self._earlier, step.norm)
         tokens = tokens.select(self._layers(num_states))
-        if self._gathers or not self._is_info_nce:
-            return self._of_pooled(functional.pool_of_tokens(tokens, deferred=step.deferred))
         cells = step.cells(self._draw, tokens.states[0].shape[-1])
         return self._result(functional.loss_of_tokens(tokens, deferred=step.deferred, **self._options(cells)), cells)
 
@@ -150,8 +152,7 @@ class _Plan:
         batches = MiniBatches(step.wrapper, step.model, self._columns, caching, step.norm, step.deferred)
         pooled, num_states = batches.pool(self._earlier)
         layers = self._layers(num_states)
-        if len(layers) < len(pooled):
-            pooled = pooled[layers]
+        pooled = select_layers(pooled, layers)
         pooled.requires_grad_(torch.is_grad_enabled())
         result = self._of_pooled(pooled)
         if not torch.is_grad_enabled():
