@@ -209,6 +209,7 @@ class AdaptiveLayerLoss(nn.Module):
             cells=self._cells,
             num_dims=len(self.loss.matryoshka_dims) if isinstance(self.loss, MatryoshkaLoss) else 1,
             num_states=self._known_num_states(model),
+            selects=self._selects(),
             # Widths differ between processes, and these must call the model equally often: what wraps it
             # communicates in every call.
             merge=list if is_distributed() else merged_alike,
@@ -230,14 +231,16 @@ class AdaptiveLayerLoss(nn.Module):
         return self._seen_norm[1]
 
     def _known_num_states(self, model: Any) -> int | None:
-        """How many hidden states the encoder returned before. Not where all are asked for again: all layers are
-        trained, or the encoder is compiled, and would be again for each draw.
-        """
-        is_all = self.n_layers_per_step <= 0 and self.layers is None and self.pairs is None
-        if is_all or pipeline.is_compiled(self.model):
-            return None
+        """How many hidden states the encoder returned before."""
         num_modules, num_states = self._seen_states
         return num_states if num_modules == _num_modules(model) else None
+
+    def _selects(self) -> bool:
+        """Whether to ask for the drawn states alone. Not where all layers are trained; nor of a compiled encoder,
+        which would be compiled again for each draw.
+        """
+        is_all = self.n_layers_per_step <= 0 and self.layers is None and self.pairs is None
+        return not is_all and not pipeline.is_compiled(self.model)
 
     def _draw(self, num_states: int) -> Draw:
         """In the reference loop's order: the final layer's dims, the layers, each layer's dims and weight."""

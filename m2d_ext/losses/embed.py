@@ -109,9 +109,10 @@ def embed_rows(
         return functional.pool_of_tokens(tokens, deferred=deferred), num_states
     pool = partial(_pool_all_layers, model[1], earlier, norm, deferred)
     outputs = _call(wrapper, model, batches, earlier, {model[1]: pool})
-    rows = [output["sentence_embedding"].unflatten(0, (output["num_pooled_layers"], -1)) for output in outputs]
-    joined = torch.cat(rows, dim=1)
-    return joined.to(accumulate_dtype(joined.dtype)), _num_states(outputs[0])
+    num_states = _num_states(outputs[0])
+    layers = num_states if earlier is None else len(earlier) + 1
+    rows = torch.cat([output["sentence_embedding"] for output in outputs]).unflatten(0, (-1, layers)).movedim(1, 0)
+    return rows.to(accumulate_dtype(rows.dtype)), num_states
 
 
 def transforms_rows(model: Any) -> bool:
@@ -152,13 +153,15 @@ def _pool_all_layers(
     features: Features,
     **_: Any,
 ) -> Features:
-    """A Pooling's forward that returns the rows of all wanted layers, (L * n, D), as one batch of embeddings."""
+    """A Pooling's forward that returns the rows of all wanted layers, (n * L, D), as one batch of embeddings.
+
+    Text by text: what DataParallel's replicas return is joined along the texts.
+    """
     states = _states(features, earlier, norm)
     modes = (pooling.pooling_mode,) if isinstance(pooling.pooling_mode, str) else pooling.pooling_mode
     tables = [_tokens([states], [features], pooling, mode) for mode in modes]
     rows = torch.cat([functional.pool_of_tokens(tokens, deferred=deferred) for tokens in tables], dim=-1)
-    features["sentence_embedding"] = rows.flatten(0, 1).to(tables[0].states[0].dtype)
-    features["num_pooled_layers"] = len(rows)
+    features["sentence_embedding"] = rows.movedim(0, 1).flatten(0, 1).to(tables[0].states[0].dtype)
     return features
 
 

@@ -1,8 +1,9 @@
 """In-batch candidates from every process: one small collective before the step, one large each way.
 
 sentence-transformers gathers each column of each layer and dim by itself. Here one exchange of integers settles which
-cells are trained and how many texts each process has; one all_gather then brings the pooled candidates of all layers,
-and one reduce_scatter takes their gradients back, each already multiplied by its own process's ``grad_output``.
+cells are trained and how many texts each process has (the very first step takes two: the encoder's layers are not yet
+counted); one all_gather then brings the pooled candidates of all layers, and one reduce_scatter takes their gradients
+back, each already multiplied by its own process's ``grad_output``.
 """
 
 import logging
@@ -73,8 +74,8 @@ def agree(
     """Take the first process's draw, and learn the size of each one's batch.
 
     Args:
-        draw: this process's.
-        num_states: of the encoder.
+        draw: this process's; empty where it cannot be drawn yet.
+        num_states: of the encoder; 0 where that is not known yet.
         num_dims: K, which the draw's indices are below.
         num_columns: C.
         batch_size: texts per column here.

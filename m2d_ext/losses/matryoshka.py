@@ -155,6 +155,7 @@ class MatryoshkaLoss(nn.Module):
             cells=self._cells,
             num_dims=len(self.matryoshka_dims),
             num_states=1,  # none but the final one
+            selects=True,
             merge=merged_candidates,
             norm=None,
             deferred=False,

@@ -39,6 +39,7 @@ class Step:
         cells: the cells of a draw; the width D of the hidden states.
         num_dims: what the draw's indices of dims are below.
         num_states: how many hidden states the encoder has; None: all are asked for, and then they are counted.
+        selects: whether only the drawn ones are asked for where their number is known.
         merge: from columns to the batches of the model's calls.
         norm: what the earlier hidden states pass through before they are pooled; None: nothing.
         deferred: whether the gradients of earlier layers may be deferred.
@@ -53,6 +54,7 @@ class Step:
     cells: Callable[[Draw, int], Cells]
     num_dims: int
     num_states: int | None
+    selects: bool
     merge: Callable[[Sequence[Features]], list[Features]]
     norm: nn.Module | None
     deferred: bool
@@ -113,25 +115,32 @@ class _Plan:
         self._batches: Batches | None = None
         self._draw: Draw = {}
         self._earlier: list[int] | None = None
-        self.num_states = 0
+        self.num_states = 0  # not known
         if step.num_states is not None:
             self._settle(step.num_states)
-            self._earlier = sorted(self._draw)[:-1]
+            if step.selects:
+                self._earlier = sorted(self._draw)[:-1]
+        elif self._gathers:
+            self._agree()  # for the batches' sake: a bad one is to be known before the model is called
 
     def _settle(self, num_states: int) -> None:
         """Draw, and agree on it with the other processes."""
         self.num_states = num_states
         self._draw = self._step.draw(num_states)
         if self._gathers:
-            shape = num_states, self._step.num_dims, len(self._columns)
-            size = _get_batch_size(self._columns[0]) if self._columns else 0
-            self._draw, self._batches = agree(self._draw, *shape, size, self._step.model.device)
+            self._agree()
+
+    def _agree(self) -> None:
+        shape = self.num_states, self._step.num_dims, len(self._columns)
+        size = _get_batch_size(self._columns[0]) if self._columns else 0
+        self._draw, self._batches = agree(self._draw, *shape, size, self._step.model.device)
 
     def _layers(self, num_states: int) -> list[int]:
         """Places of the drawn layers among the states that were asked for."""
         if self._earlier is not None:
             return list(range(len(self._earlier) + 1))
-        self._settle(num_states)
+        if not self._draw:
+            self._settle(num_states)
         return sorted(self._draw)
 
     def run(self) -> Result:
