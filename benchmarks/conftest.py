@@ -5,11 +5,8 @@ from __future__ import annotations
 import functools
 import io
 import json
-import os
 import statistics
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +15,11 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from measure import ALLOCATORS, NUM_THREADS
+from deferred_providers import DEFERRED, DEFERRED_PROVIDERS, DENSE, PASSES_COLD, PASSES_WARM
+from measure import NUM_THREADS, in_own_process
 from providers import COMPILED, FLOOR, OURS, OURS_ONE_DIM, SENTENCE_TRANSFORMERS
 from shapes import MAIN_SHAPES, MORE_SHAPES, PADDINGS, Shape
+from step_providers import BATCH, PLAIN, STEP_PROVIDERS
 
 MEASURE = Path(__file__).with_name("measure.py")
 RESULTS = pytest.StashKey["Results"]()
@@ -33,6 +32,9 @@ BARS = {
     COMPILED: {"none": "≥ 2", "half": "≥ 2"},
     OURS_ONE_DIM: {"none": "≤ 1.15", "half": "≤ 1.15"},
 }
+PASSES_BAR = "≤ 0.60"
+DEFERRED_BAR = "≤ 0.70"
+STEP_BAR = "≤ 1.02"
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,16 @@ class Speed:
         """Median over the rounds of one provider's time to another's in the same round."""
         if name not in self.providers or to not in self.providers:
             return None
+        return statistics.median(self._ratios(name, to))
+
+    def quartiles(self, name: str, to: str) -> tuple[float, float]:
+        """Between which half of those ratios lie."""
+        low, _, high = statistics.quantiles(self._ratios(name, to), n=4)
+        return low, high
+
+    def _ratios(self, name: str, to: str) -> list[float]:
         pairs = zip(self.providers[name]["seconds"], self.providers[to]["seconds"], strict=True)
-        return statistics.median(a / b for a, b in pairs)
+        return [a / b for a, b in pairs]
 
 
 @dataclass
@@ -61,6 +71,38 @@ class Results:
     rounds: int
     speed: dict[tuple[Shape, str, str], Speed] = field(default_factory=dict)  # (shape, padding, allocator)
     peak_bytes: dict[Shape, dict[str, int]] = field(default_factory=dict)
+    deferred: dict[tuple[Shape, str], Speed] = field(default_factory=dict)  # (shape, padding)
+    steps: dict[str, Speed] = field(default_factory=dict)  # by kind of texts
+
+
+class Recording:
+    """Steps that were timed already, for pytest-benchmark: a clock that only they move.
+
+    pytest-benchmark runs all rounds of one function after the other; rounds that are interleaved with other
+    providers' can only be replayed to it. With it come its statistics and its JSON.
+    """
+
+    def __init__(self) -> None:
+        self._now = 0.0
+        self._seconds: list[float] = []
+
+    def load(self, seconds: Sequence[float]) -> None:
+        self._seconds = list(seconds)
+
+    def clock(self) -> float:
+        return self._now
+
+    def step(self) -> None:
+        self._now += self._seconds.pop(0)
+
+    def replay(self, speed: Speed, provider: str, benchmark: Any) -> None:
+        if provider not in speed.providers:
+            pytest.skip("does not work here")
+        measured = speed.providers[provider]
+        self.load(measured["seconds"])
+        benchmark.extra_info |= {key: measured[key] for key in ("page_faults", "note")}
+        benchmark.extra_info["other_cores"] = speed.other_cores
+        benchmark.pedantic(self.step, rounds=len(measured["seconds"]), iterations=1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -79,14 +121,22 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("shape", MAIN_SHAPES + more, ids=str, scope="session")
 
 
-def _measure(what: str, shape: Shape, padding: str, allocator: str, rounds: int, folder: Path) -> dict[str, Any]:
-    output = folder / "result.json"
-    command = [sys.executable, str(MEASURE), what, "--shape", json.dumps(asdict(shape)), "--padding", padding]
-    command += ["--rounds", str(rounds), "--output", str(output)]
-    done = subprocess.run(command, env=os.environ | ALLOCATORS[allocator], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-    return json.loads(output.read_text())
+@pytest.fixture
+def recording(request: pytest.FixtureRequest) -> Recording:
+    """To be requested before `benchmark`, which reads the marker as it is made."""
+    recording = Recording()
+    parameters = [str(value) for name, value in request.node.callspec.params.items() if name != "provider"]
+    group = f"{request.node.originalname}: {', '.join(parameters)}"
+    request.node.add_marker(pytest.mark.benchmark(timer=recording.clock, group=group))
+    return recording
+
+
+def _measure(what: Sequence[str], allocator: str, rounds: int, folder: Path) -> dict[str, Any]:
+    return in_own_process(MEASURE, [*what, "--rounds", str(rounds)], allocator, folder)
+
+
+def _problem(what: str, shape: Shape, padding: str) -> list[str]:
+    return [what, "--shape", json.dumps(asdict(shape)), "--padding", padding]
 
 
 @pytest.fixture(scope="session")
@@ -99,7 +149,7 @@ def measured_speed(
 
     @functools.cache
     def measure(shape: Shape, padding: str, allocator: str) -> Speed:
-        speed = Speed(**_measure("speed", shape, padding, allocator, results.rounds, folder))
+        speed = Speed(**_measure(_problem("speed", shape, padding), allocator, results.rounds, folder))
         results.speed[shape, padding, allocator] = speed
         return speed
 
@@ -112,8 +162,40 @@ def measured_peak(pytestconfig: pytest.Config, tmp_path: Path) -> Callable[[Shap
     results = pytestconfig.stash[RESULTS]
 
     def measure(shape: Shape) -> dict[str, int]:
-        results.peak_bytes[shape] = _measure("memory", shape, "none", "prompt", 1, tmp_path)["peak_bytes"]
+        results.peak_bytes[shape] = _measure(_problem("memory", shape, "none"), "prompt", 1, tmp_path)["peak_bytes"]
         return results.peak_bytes[shape]
+
+    return measure
+
+
+@pytest.fixture(scope="session")
+def measured_deferred(
+    pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Shape, str], Speed]:
+    """As measured_speed, where gradients are deferred."""
+    results = pytestconfig.stash[RESULTS]
+    folder = tmp_path_factory.mktemp("deferred")
+
+    @functools.cache
+    def measure(shape: Shape, padding: str) -> Speed:
+        speed = Speed(**_measure(_problem("deferred", shape, padding), "resident", results.rounds, folder))
+        results.deferred[shape, padding] = speed
+        return speed
+
+    return measure
+
+
+@pytest.fixture(scope="session")
+def measured_step(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Speed]:
+    """As measured_speed, whole training steps by kind of texts."""
+    results = pytestconfig.stash[RESULTS]
+    folder = tmp_path_factory.mktemp("step")
+
+    @functools.cache
+    def measure(texts: str) -> Speed:
+        # Resident memory: with the default allocator a step's page faults depend on who was before it in the round.
+        results.steps[texts] = Speed(**_measure(["step", "--texts", texts], "resident", results.rounds, folder))
+        return results.steps[texts]
 
     return measure
 
@@ -178,11 +260,62 @@ def _memory_table(results: Results) -> Table:
     return table
 
 
+def _deferred_table(results: Results) -> Table:
+    table = Table(
+        title=f"Deferred gradients, float32, {NUM_THREADS} threads, resident memory: medians of {results.rounds} "
+        "interleaved rounds, ratios within a round",
+        caption="Forward, backward and what is added to the gradients that an encoder brings down, whose own work is "
+        "left out. Passes: the additions of all earlier layers, on gradients in memory (cold) or just written (warm).",
+    )
+    table.add_column("shape, padding", no_wrap=True)
+    for name in DEFERRED_PROVIDERS:
+        table.add_column(f"{name}\nms", justify="right")
+    for name in ("deferred\n/ dense", "cold passes\n/ floor", "warm passes\n/ floor"):
+        table.add_column(name, justify="right", style="bold")
+    table.add_column("others\ncores", justify="right")
+    table.add_row("aim", *[""] * len(DEFERRED_PROVIDERS), DEFERRED_BAR, *[PASSES_BAR] * 2, "", style="dim")
+    order = (*MAIN_SHAPES, *MORE_SHAPES)
+    for (shape, padding), speed in sorted(results.deferred.items(), key=lambda item: order.index(item[0][0])):
+        ratios = [speed.ratio(DEFERRED, DENSE), speed.ratio(PASSES_COLD, FLOOR), speed.ratio(PASSES_WARM, FLOOR)]
+        table.add_row(
+            f"{shape}, {padding}",
+            *[_number(speed.milliseconds(name), 1) for name in DEFERRED_PROVIDERS],
+            *[_number(ratio) for ratio in ratios],
+            f"{speed.other_cores:.1f}",
+        )
+    return table
+
+
+def _step_table(results: Results) -> Table:
+    table = Table(
+        title=f"Whole training step of all-MiniLM-L6-v2, {BATCH} pairs, AdamW, float32, {NUM_THREADS} threads: "
+        f"medians of {results.rounds} interleaved rounds",
+        caption="Ratios are to the plain step of the same round and batch; in brackets what half of them lie between. "
+        f"Aim of ours: {STEP_BAR}.",
+    )
+    table.add_column("step", no_wrap=True)
+    for texts, speed in results.steps.items():
+        table.add_column(f"{texts}\nms", justify="right")
+        table.add_column(f"/ plain\nothers' cores {speed.other_cores:.1f}", style="bold")
+    for name in STEP_PROVIDERS:
+        cells = []
+        for speed in results.steps.values():
+            low, high = speed.quartiles(name, PLAIN)
+            cells += [_number(speed.milliseconds(name), 0)]
+            cells += [f"{_number(speed.ratio(name, PLAIN), 3)} [{low:.3f}, {high:.3f}]"]
+        table.add_row(name, *cells)
+    return table
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     results = config.stash[RESULTS]
     console = Console(file=io.StringIO(), width=WIDTH, force_terminal=terminalreporter.hasmarkup)
-    if results.speed:
-        console.print(_speed_table(results))
-    if results.peak_bytes:
-        console.print(_memory_table(results))
+    for measured, table in (
+        (results.speed, _speed_table),
+        (results.peak_bytes, _memory_table),
+        (results.deferred, _deferred_table),
+        (results.steps, _step_table),
+    ):
+        if measured:
+            console.print(table(results))
     terminalreporter.write(f"\n{console.file.getvalue()}")

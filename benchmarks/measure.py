@@ -2,6 +2,9 @@
 
     python benchmarks/measure.py speed --shape '{"layers": 7, ...}' --padding half --output result.json
 
+What: the loss alone ("speed", "memory"), the deferred passes ("deferred"), or whole training steps ("step", with
+--texts in place of the shape and the padding).
+
 A process of its own because the allocator is chosen by environment variables that glibc reads at start, and because
 nothing that was measured before should have touched its memory. Whoever starts it takes the variables from ALLOCATORS.
 """
@@ -14,7 +17,10 @@ import json
 import os
 import resource
 import statistics
+import subprocess
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +30,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import psutil
 import torch
 
+import deferred_providers
 import providers
+import step_providers
 from providers import Candidate
 from shapes import PADDINGS, Shape
 
@@ -47,6 +55,16 @@ ALLOCATORS = {
 }
 
 
+def in_own_process(script: Path, arguments: Sequence[str], allocator: str, folder: Path) -> dict[str, Any]:
+    """What a script writes as JSON to its --output, with that allocator."""
+    output = folder / "result.json"
+    command = [sys.executable, str(script), *arguments, "--output", str(output)]
+    done = subprocess.run(command, env=os.environ | ALLOCATORS[allocator], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    return json.loads(output.read_text())
+
+
 def check_agreement(loss: float, candidate: Candidate, name: str) -> None:
     """A provider that computes something else has no business in the table."""
     assert candidate.loss is not None
@@ -56,11 +74,16 @@ def check_agreement(loss: float, candidate: Candidate, name: str) -> None:
 
 
 def timed(candidate: Candidate) -> tuple[float, int]:
-    """Seconds and page faults of one step. Freeing the gradients is not part of it."""
+    """Seconds and page faults of one step. Freeing the gradients is not part of it.
+
+    Faults are counted also while the clock stands still.
+    """
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     start = time.perf_counter()
     grads = candidate.step()
     seconds = time.perf_counter() - start
+    if candidate.untimed is not None:
+        seconds -= candidate.untimed()
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
     del grads
     gc.collect(0)  # collection is off while a step runs; this takes what one step leaves
@@ -81,10 +104,12 @@ def interleaved(candidates: dict[str, Candidate], rounds: int) -> dict[str, list
     return samples
 
 
-def quietest(candidates: dict[str, Candidate], rounds: int) -> tuple[float, dict[str, list[tuple[float, int]]]]:
+def quietest(
+    candidates: dict[str, Candidate], rounds: int, most_attempts: int = ATTEMPTS
+) -> tuple[float, dict[str, list[tuple[float, int]]]]:
     """The attempt with the least other work on the machine, whatever its times; and how many cores that kept busy."""
     attempts = []
-    for _ in range(ATTEMPTS):
+    for _ in range(most_attempts):
         others = OtherWork()
         samples = interleaved(candidates, rounds)
         attempts.append((others.cores(), samples))
@@ -113,12 +138,11 @@ def chosen_candidates(inputs: providers.Inputs) -> dict[str, Candidate]:
     return candidates
 
 
-def measure_speed(inputs: providers.Inputs, rounds: int) -> dict[str, Any]:
-    candidates = chosen_candidates(inputs)
+def measure_speed(candidates: dict[str, Candidate], rounds: int, most_attempts: int = ATTEMPTS) -> dict[str, Any]:
     gc.collect()
     gc.freeze()
     gc.disable()
-    other_cores, samples = quietest(candidates, rounds)
+    other_cores, samples = quietest(candidates, rounds, most_attempts)
     return {
         "other_cores": other_cores,
         "providers": {
@@ -203,19 +227,32 @@ def measure_memory(inputs: providers.Inputs) -> dict[str, Any]:
     return {"peak_bytes": result}
 
 
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    if args.what == "step":
+        # Tens of seconds a round: one attempt, and the table says how quiet it was.
+        return measure_speed(step_providers.candidates(step_providers.TEXTS[args.texts]), args.rounds, most_attempts=1)
+    inputs = providers.make_inputs(args.shape, args.padding)
+    if args.what == "memory":
+        return measure_memory(inputs)
+    candidates = chosen_candidates(inputs) if args.what == "speed" else deferred_providers.candidates(inputs)
+    return measure_speed(candidates, args.rounds)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["speed", "memory"])
-    parser.add_argument("--shape", type=lambda text: Shape(**json.loads(text)), required=True)
-    parser.add_argument("--padding", choices=list(PADDINGS), required=True)
+    parser.add_argument("what", choices=["speed", "memory", "deferred", "step"])
+    parser.add_argument("--shape", type=lambda text: Shape(**json.loads(text)))
+    parser.add_argument("--padding", choices=list(PADDINGS))
+    parser.add_argument("--texts", choices=list(step_providers.TEXTS))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
+    needed = ("texts",) if args.what == "step" else ("shape", "padding")
+    if any(getattr(args, name) is None for name in needed):
+        parser.error(f"{args.what} needs {' and '.join(f'--{name}' for name in needed)}")
 
     torch.set_num_threads(NUM_THREADS)
-    inputs = providers.make_inputs(args.shape, args.padding)
-    result = measure_speed(inputs, args.rounds) if args.what == "speed" else measure_memory(inputs)
-    args.output.write_text(json.dumps(result))
+    args.output.write_text(json.dumps(measure(args)))
 
 
 if __name__ == "__main__":

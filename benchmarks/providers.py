@@ -192,6 +192,7 @@ class Candidate(NamedTuple):
     leaves: Sequence[Tensor]
     step: Step
     note: str = ""
+    untimed: Callable[[], float] | None = None  # seconds of the last step that do not count
 
 
 def setup(inputs: Inputs, provider: str, compile_modes: Sequence[str] = COMPILE_MODES) -> list[Candidate]:

@@ -97,10 +97,10 @@ def test_layers_that_were_cut_off_are_not_drawn() -> None:
     ("lengths", "shapes"),
     [
         ((8, 8), [(6, 10)]),
-        ((8, 7), [(6, 10)]),
-        ((3, 8), [(3, 5), (3, 10)]),
-        ((3, 8, 8, 20), [(3, 5), (6, 10), (3, 22)]),
-        ((8, 3, 8), [(3, 10), (3, 5), (3, 10)]),
+        ((24, 8), [(6, 26)]),
+        ((25, 8), [(3, 27), (3, 10)]),
+        ((3, 30, 31, 60), [(3, 5), (6, 33), (3, 62)]),
+        ((30, 3, 30), [(3, 32), (3, 5), (3, 32)]),
     ],
     ids=str,
 )
@@ -113,7 +113,7 @@ def test_columns_of_like_width_share_a_call(lengths: tuple[int, ...], shapes: li
     merged = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(embed, "MERGED_PADDING", -1.0)
+        patch.setattr(embed, "MERGED_TOKENS", -1)
         loss(columns_of(model, lengths), None).backward()
     assert len(recorder.shapes) == len(shapes) + len(lengths)
     for name, grad in merged.items():

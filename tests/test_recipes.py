@@ -14,11 +14,13 @@ import pytest
 import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import util as st_util
 from sentence_transformers.sentence_transformer import losses as st_losses
 from torch import Tensor, nn
 
 import m2d_ext
 from m2d_ext import architecture
+from m2d_ext.losses import rows
 from tiny_models import CONFIGS, HIDDEN, features_of, sentence, tiny_model
 
 LAYERS = 4
@@ -262,3 +264,181 @@ def test_layers_that_the_model_lacks(options: dict[str, Any], match: str, base: 
     model = tiny_model(num_layers=LAYERS)
     with pytest.raises(ValueError, match=match):
         loss_2d(model, base, **options)(columns_of(model), LABELS.float())
+
+
+# --- false negatives ------------------------------------------------------------------------------------------------
+
+RANKINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "two directions": {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"},
+    "four, joint": {"directions": ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")},
+    "hardness": {"hardness_mode": "all_negatives", "hardness_strength": 2.0},
+}
+
+
+def rows_of_cells(model: SentenceTransformer) -> dict[tuple[int, int], list[Tensor]]:
+    """The normalised columns of every cell, by hand."""
+    columns = columns_of(model)
+    encoder = model[0].auto_model
+    cells: dict[tuple[int, int], list[Tensor]] = {}
+    for column in columns:
+        mask = column["attention_mask"][..., None]
+        states = encoder(
+            input_ids=column["input_ids"], attention_mask=column["attention_mask"], output_hidden_states=True
+        ).hidden_states
+        for layer, state in enumerate(states):
+            pooled = (state * mask).sum(1) / mask.sum(1)
+            for dim in DIMS:
+                cells.setdefault((layer, dim), []).append(torch.nn.functional.normalize(pooled[:, :dim], dim=-1))
+    return cells
+
+
+def margin_by_hand(model: SentenceTransformer, options: dict[str, Any], margin: float) -> Tensor:
+    """All cells, one candidate after another."""
+    cells = rows_of_cells(model)
+    final = cells[LAYERS, HIDDEN]
+    directions = options.get("directions", ("query_to_doc",))
+    total = torch.zeros((), dtype=torch.float64)
+    for (layer, _), columns in cells.items():
+        each = []
+        for i in range(len(LABELS)):
+            bound = final[0][i] @ final[1][i] + margin
+            logits: dict[str, list[Tensor]] = {direction: [] for direction in directions}
+            for direction in directions:
+                source, kind = direction.split("_to_")
+                own = 0 if source == "query" else 1
+                for c, j in [(c, j) for c in ([0] if kind == "query" else [1, 2]) for j in range(len(LABELS))]:
+                    is_positive = i == j and {own, c} == {0, 1}
+                    if i == j and source == kind:
+                        continue
+                    if not is_positive and final[own][i] @ final[c][j] > bound:
+                        continue
+                    cosine = columns[own][i] @ columns[c][j]
+                    strength = options.get("hardness_strength", 0.0) if not is_positive else 0.0
+                    logits[direction].append(20.0 * cosine + strength * cosine.detach())
+            positive = 20.0 * columns[0][i] @ columns[1][i]
+            if options.get("partition_mode") == "per_direction":
+                sums = [torch.stack(some).logsumexp(0) for some in logits.values() if some]
+                each.append(torch.stack(sums).mean() - positive)
+            else:
+                each.append(torch.stack([z for some in logits.values() for z in some]).logsumexp(0) - positive)
+        total = total + torch.stack(each).mean() / (LAYERS if layer < LAYERS else 1)
+    return total
+
+
+@pytest.mark.parametrize("margin", [-0.001, 0.0, 0.01, 3.0])
+@pytest.mark.parametrize("ranking", RANKINGS)
+def test_false_negatives_are_no_candidates(ranking: str, margin: float) -> None:
+    model = tiny_model(num_layers=LAYERS).double()
+    options = RANKINGS[ranking]
+    expected = margin_by_hand(model, options, margin)
+    expected.backward()
+    grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    base = st_losses.MultipleNegativesRankingLoss(model, **options)
+    loss = m2d_ext.Matryoshka2dLoss(
+        model, base, DIMS, n_layers_per_step=-1, n_dims_per_step=-1, kl_temperature=0, false_negative_margin=margin
+    )
+    assert_same(outcome(loss, model), [expected.detach(), *grads])
+
+
+@pytest.mark.parametrize("options", [{}, {"mini_batch_size": 2}])
+def test_a_wide_margin_changes_nothing(options: dict[str, Any]) -> None:
+    model = tiny_model(num_layers=LAYERS).double()
+    every = {"n_layers_per_step": -1, "n_dims_per_step": -1}
+    plain, with_margin = (loss_2d(model, **every, **more) for more in ({}, options | {"false_negative_margin": 3.0}))
+    assert_same(outcome(with_margin, model), outcome(plain, model))
+    dims = [
+        m2d_ext.MatryoshkaLoss(
+            model, st_losses.MultipleNegativesRankingLoss(model), DIMS, false_negative_margin=margin
+        )
+        for margin in (None, 3.0)
+    ]
+    assert_same(outcome(dims[1], model), outcome(dims[0], model))
+
+
+# --- the KL of rankings ---------------------------------------------------------------------------------------------
+
+
+def kl_by_hand(model: SentenceTransformer, scale: float, temperature: float, weight: float) -> Tensor:
+    cells = rows_of_cells(model)
+    total = torch.zeros((), dtype=torch.float64)
+    a, *b = cells[LAYERS, HIDDEN]
+    teacher = (a @ torch.cat(b).T * scale / temperature).detach().softmax(-1)
+    for anchors, *others in cells.values():
+        student = (anchors @ torch.cat(others).T * scale / temperature).log_softmax(-1)
+        kl = torch.nn.functional.kl_div(student, teacher, reduction="batchmean")
+        total = total + weight * temperature * kl / len(DIMS)
+    return total
+
+
+@pytest.mark.parametrize("options", [{}, {"mini_batch_size": 3}, {"deferred": False}], ids=["", "cached", "dense"])
+@pytest.mark.parametrize(
+    "base", ["MultipleNegativesRankingLoss", "MultipleNegativesSymmetricRankingLoss", "AnglELoss"]
+)
+def test_kl_of_rankings(base: str, options: dict[str, Any]) -> None:
+    model = tiny_model(num_layers=LAYERS).double()
+    every = {"n_layers_per_step": -1, "n_dims_per_step": -1}
+    without = outcome(loss_2d(model, base, **every, kl_temperature=0), model)
+    names = [name for name, p in model.named_parameters() if p.grad is not None]
+    model.zero_grad()
+    expected = kl_by_hand(model, 20.0, 0.7, 1.3)
+    expected.backward()
+    kl = [expected.detach(), *(model.get_parameter(name).grad.clone() for name in names)]
+    loss = loss_2d(model, base, **every, kl_target="scores", kl_temperature=0.7, kl_div_weight=1.3, **options)
+    assert_same(outcome(loss, model), [a + b for a, b in zip(without, kl, strict=True)])
+
+
+def test_kl_of_rankings_alone() -> None:
+    """Nothing but the KL, which still reaches the final layer's smaller dims."""
+    model = tiny_model(num_layers=LAYERS).double()
+    every: dict[str, Any] = {"n_layers_per_step": -1, "n_dims_per_step": -1, "prior_layers_weight": 0.0}
+    loss = loss_2d(model, **every, last_layer_weight=0.0, kl_target="scores", kl_temperature=1.0, log_cells=True)
+    found = outcome(loss, model)
+    model.zero_grad()
+    expected = kl_by_hand(model, 20.0, 1.0, 1.0)
+    expected.backward()
+    assert_same(found, [expected.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert set(loss(columns_of(model), LABELS)) == {f"layer_{layer}_kl" for layer in range(LAYERS + 1)}
+
+
+@pytest.mark.parametrize("options", [{"false_negative_margin": 0.1}, {"kl_target": "scores"}])
+def test_few_anchors_at_a_time_change_nothing(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where all scores together would take too much memory."""
+    model = tiny_model(num_layers=LAYERS).double()
+    base = st_losses.MultipleNegativesRankingLoss(model, **RANKINGS["four, joint"])
+    loss = m2d_ext.Matryoshka2dLoss(model, base, DIMS, n_layers_per_step=-1, n_dims_per_step=-1, **options)
+    expected = outcome(loss, model)
+    monkeypatch.setattr(rows, "MOST_SCORES", 3 * 15 * 8)
+    assert_same(outcome(loss, model), expected)
+
+
+BAD_RANKING_OPTIONS: list[tuple[dict[str, Any], str, type[Exception], str]] = [
+    ({"kl_target": "logits"}, "MultipleNegativesRankingLoss", ValueError, "kl_target must be 'features' or 'scores'"),
+    ({"false_negative_margin": "0.1"}, "MultipleNegativesRankingLoss", TypeError, "must be a number or None, got str"),
+    ({"false_negative_margin": True}, "MultipleNegativesRankingLoss", TypeError, "must be a number or None, got bool"),
+    ({"false_negative_margin": float("nan")}, "MultipleNegativesRankingLoss", ValueError, "must be finite, got nan"),
+    ({"false_negative_margin": 0.1}, "CoSENTLoss", ValueError, "ranks no in-batch candidates, CoSENTLoss, got 0.1"),
+]
+
+
+@pytest.mark.parametrize(("options", "base", "error", "message"), BAD_RANKING_OPTIONS)
+def test_bad_ranking_options(options: dict[str, Any], base: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        loss_2d(tiny_model(), base, **options)
+
+
+def test_what_the_loop_does_not_have() -> None:
+    model = tiny_model().double()
+    base = st_losses.MultipleNegativesRankingLoss(model, similarity_fct=st_util.dot_score)
+    for name, value in {"kl_target": "scores", "false_negative_margin": 0.1}.items():
+        loss = m2d_ext.AdaptiveLayerLoss(model, base, **{name: value})
+        with pytest.raises(ValueError, match=f"{name} needs the fused path, which AdaptiveLayerLoss does not take"):
+            loss(columns_of(model), LABELS)
+    loss = loss_2d(model, "CosineSimilarityLoss", kl_target="scores")
+    with pytest.raises(ValueError, match="needs at least 2 columns"):
+        loss(columns_of(model)[:1], LABELS)
+
+
+def test_ranking_options_are_on_the_model_card() -> None:
+    config = loss_2d(tiny_model(), kl_target="scores", false_negative_margin=0.1).get_config_dict()
+    assert (config["kl_target"], config["false_negative_margin"]) == ("scores", 0.1)

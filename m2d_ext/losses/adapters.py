@@ -6,7 +6,7 @@ base loss, so that there a dot product is a cosine.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -25,51 +25,10 @@ from sentence_transformers.util import (
 )
 from torch import Tensor, nn
 
-from ..similarity import nested_cosines, nested_pair_cosines
 from .embed import Features
+from .rows import Rows
 
 COSINES = (cos_sim, pytorch_cos_sim)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The pooled rows of a batch as an adapter sees them.
-
-    Args:
-        columns: C tensors (L, B, D), this process's.
-        gathered: the same of all processes, (L, M, D); without gathering the same tensors.
-        offset: where this process's rows start in a gathered column.
-        dims: K ascending, distinct prefix lengths.
-        features: what the columns were embedded from.
-        labels: those of the batch.
-    """
-
-    columns: list[Tensor]
-    gathered: list[Tensor]
-    offset: int
-    dims: Sequence[int]
-    features: list[Features]
-    labels: Any
-
-    def cosines(self, a: Tensor, b: Tensor) -> Tensor:
-        """(L, K, A, B)."""
-        return nested_cosines(a, b, self.dims)
-
-    def pairs(self, a: Tensor, b: Tensor) -> Tensor:
-        """(L, K, A)."""
-        return nested_pair_cosines(a, b, self.dims)
-
-    @property
-    def batch_size(self) -> int:
-        return self.columns[0].shape[1]
-
-    @property
-    def own(self) -> Tensor:
-        """(B, M), true where a gathered row of a column is this process's row of the same text."""
-        place = torch.arange(self.batch_size, device=self.columns[0].device)
-        own = place.new_zeros((self.batch_size, self.gathered[0].shape[1]), dtype=torch.bool)
-        own[place, self.offset + place] = True
-        return own
 
 
 class Adapter(NamedTuple):
@@ -77,6 +36,12 @@ class Adapter(NamedTuple):
 
     cells: Callable[[Any, Rows], Tensor]  # of the loss and the rows: (L, K)
     refusal: Callable[[Any, bool, bool], str | None]  # as the function of that name below
+
+
+def is_ranking(loss: Any) -> bool:
+    """Whether the loss ranks candidates, of which some may be no negatives."""
+    adapter = ADAPTERS.get(type(loss))
+    return adapter is not None and adapter.cells is _ranking
 
 
 def is_info_nce(loss: Any) -> bool:
@@ -118,28 +83,57 @@ def _ranking_refusal(loss: Any, normalized: bool, _: bool) -> str | None:
 
 
 def _ranking(loss: Any, rows: Rows) -> Tensor:
-    anchors, positives = rows.columns[:2]
     documents = torch.cat(rows.gathered[1:], dim=1)
-    own = rows.own
+    blocks = {
+        "query_to_doc": (rows.columns[0], documents),
+        "query_to_query": (rows.columns[0], rows.gathered[0]),
+        "doc_to_query": (rows.columns[1], rows.gathered[0]),
+        "doc_to_doc": (rows.columns[1], documents),
+    }
+    used = {"query_to_doc", *loss.directions}
+    blocks = {direction: block for direction, block in blocks.items() if direction in used}
+    candidates = sum(others.shape[1] for _, others in blocks.values())
+    return rows.by_anchors(candidates, partial(_rank_anchors, loss, rows, blocks)).mean(-1)
+
+
+def _rank_anchors(loss: Any, rows: Rows, blocks: dict[str, tuple[Tensor, Tensor]], anchors: slice) -> Tensor:
+    own = rows.own_of(anchors)
     own_documents = own.repeat(1, len(rows.gathered) - 1)
-    similarities = rows.cosines(anchors, documents)
-    scores = [similarities * loss.scale]
-    if _is_hardened(loss):
-        hard = ~_spared(loss.hardness_mode, own_documents, own.shape[1])
-        scores[0] = scores[0] + loss.hardness_strength * similarities.detach() * hard
-    place = torch.arange(rows.batch_size, device=own.device)
-    positive = scores[0][..., place, rows.offset + place]
-    if "query_to_query" in loss.directions:
-        scores.append((rows.cosines(anchors, rows.gathered[0]) * loss.scale).masked_fill(own, -torch.inf))
-    if "doc_to_query" in loss.directions:
-        scores.append(rows.cosines(positives, rows.gathered[0]) * loss.scale)
-    if "doc_to_doc" in loss.directions:
-        scores.append((rows.cosines(positives, documents) * loss.scale).masked_fill(own_documents, -torch.inf))
+    false = _false_negatives(rows, blocks, anchors)
+    # What is never a candidate: a text itself among those of its own kind.
+    excluded = {"query_to_query": own, "doc_to_doc": own_documents}
+    scores = []
+    for direction, (texts, others) in blocks.items():
+        similarities = rows.cosines(texts[:, anchors], others)
+        score = similarities * loss.scale
+        if direction == "query_to_doc":
+            if _is_hardened(loss):
+                hard = ~_spared(loss.hardness_mode, own_documents, own.shape[1])
+                score = score + loss.hardness_strength * similarities.detach() * hard
+            positive = score[..., : own.shape[1]].masked_select(own).unflatten(0, (*score.shape[:2], -1))
+        for mask in (excluded.get(direction), false.get(direction)):
+            score = score if mask is None else score.masked_fill(mask, -torch.inf)
+        scores.append(score)
     if loss.partition_mode == "joint":
-        normalizer = torch.cat(scores, dim=-1).logsumexp(-1)
-    else:
-        normalizer = torch.stack([score.logsumexp(-1) for score in scores]).mean(0)
-    return (normalizer - positive).mean(-1)
+        return torch.cat(scores, dim=-1).logsumexp(-1) - positive
+    return torch.stack([score.logsumexp(-1) for score in scores]).mean(0) - positive
+
+
+def _false_negatives(rows: Rows, blocks: dict[str, tuple[Tensor, Tensor]], anchors: slice) -> dict[str, Tensor]:
+    """By direction, (A, M): the candidates that are taken for positives. They are the same in every cell."""
+    if rows.false_negative_margin is None:
+        return {}
+    final, own = rows.final(), rows.own_of(anchors)
+    a, b = (column[:, anchors] for column in final.columns[:2])
+    bound = final.pairs(a, b)[0, 0, :, None] + rows.false_negative_margin
+    false = {
+        direction: final.cosines(texts[-1:, anchors].detach(), others[-1:].detach())[0, 0] > bound
+        for direction, (texts, others) in blocks.items()
+    }
+    for direction in ("query_to_doc", "doc_to_query"):
+        if direction in false:  # the positive itself
+            false[direction][:, : own.shape[1]] &= ~own
+    return false
 
 
 def _spared(mode: str, own_documents: Tensor, num_texts: int) -> Tensor:

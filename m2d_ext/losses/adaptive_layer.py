@@ -16,8 +16,8 @@ from . import fallback, pipeline
 from .cached import choose_caching, read_caching
 from .embed import Features, merged_alike, transforms_rows
 from .gather import Draw, Drawn, is_distributed
-from .matryoshka import MatryoshkaLoss, check_uncached, say_fallback
-from .recipe import LayerWeighting, check_below, choose_layers, read_layers, read_weighting
+from .matryoshka import MatryoshkaLoss, check_fusable, check_uncached, say_fallback
+from .recipe import LayerWeighting, check_below, choose_layers, margin_config, read_layers, read_margin, read_weighting
 from .step import Cells, Step
 
 
@@ -47,6 +47,13 @@ class AdaptiveLayerLoss(nn.Module):
             earlier layer, or a function of j.
 
         layers: earlier layers to train in every step, in place of a draw.
+        kl_target: what the KL compares: "features" as above; "scores" what a cell makes of an anchor's in-batch
+            candidates with what the final layer at full width makes of them, p and q being softmaxes of the base
+            loss's scores over T. All its cells but the teacher are taught, the final layer's smaller dims too; a
+            layer's KL is the mean over its dims.
+        false_negative_margin: leave out candidates whose cosine with the anchor exceeds its positive's by more than
+            this in the final layer at full width, in every cell alike: they may be unlabelled positives. Zhang et
+            al., "Qwen3 Embedding", arXiv:2506.05176, take 0.1.
         final_norm: "apply" gives the earlier layers the encoder's final norm, if it has one: a pre-norm model that is
             cut to fewer layers applies it, so that this trains what will be served. "skip": as sentence-transformers.
         log_cells: return a dict of the weighted losses of all cells and KLs, which a Trainer adds up and logs. Not in
@@ -59,8 +66,9 @@ class AdaptiveLayerLoss(nn.Module):
         show_progress_bar: whether to show one over the mini-batches.
 
     Raises:
-        TypeError: a layer or a size of mini-batches is not an int.
-        ValueError: an unknown ``layer_weighting`` or ``final_norm``; ``layers`` empty, negative, repeated or with
+        TypeError: a layer or a size of mini-batches is not an int; a margin is not a number.
+        ValueError: an unknown ``layer_weighting``, ``kl_target`` or ``final_norm``; a margin for a base loss that
+            ranks no candidates; ``layers`` empty, negative, repeated or with
             ``n_layers_per_step``; a size of mini-batches that is not positive or given twice.
     """
 
@@ -80,6 +88,8 @@ class AdaptiveLayerLoss(nn.Module):
         layer_weighting: LayerWeighting = "uniform",
         *,
         layers: Sequence[int] | None = None,
+        kl_target: Literal["features", "scores"] = "features",
+        false_negative_margin: float | None = None,
         final_norm: Literal["skip", "apply"] = "skip",
         log_cells: bool = False,
         deferred: bool = True,
@@ -98,6 +108,10 @@ class AdaptiveLayerLoss(nn.Module):
         self.layer_weighting = read_weighting(layer_weighting)
         self.layers = read_layers(layers, n_layers_per_step)
         self.pairs: dict[int, list[int]] | None = None  # Matryoshka2dLoss: by layer, the indices of its dims
+        if kl_target not in ("features", "scores"):
+            raise ValueError(f"kl_target must be 'features' or 'scores', got {kl_target!r}")
+        self.kl_target = kl_target
+        self.false_negative_margin = read_margin(false_negative_margin, self._base_loss())
         if final_norm not in ("skip", "apply"):
             raise ValueError(f"final_norm must be 'skip' or 'apply', got {final_norm!r}")
         self.final_norm = final_norm
@@ -137,7 +151,7 @@ class AdaptiveLayerLoss(nn.Module):
         Raises:
             TypeError: no SentenceTransformer inside ``self.model``.
             ValueError: fewer than two columns; layers that the model does not have; gradients are to be cached where
-                there is no fused path.
+                there is no fused path, or rankings to be taught, or a margin kept.
         """
         features = list(sentence_features)
         model = self._unwrapped_model()
@@ -145,6 +159,8 @@ class AdaptiveLayerLoss(nn.Module):
         if reason is None:
             return self._fused(model, features, labels)
         check_uncached(self, self._caching, reason)
+        margin = self._margin()
+        check_fusable(self, reason, kl_target=self._ranks_kl(), false_negative_margin=margin is not None)
         say_fallback(self, reason)
         return fallback.adaptive_layer_loss(
             model,
@@ -216,6 +232,8 @@ class AdaptiveLayerLoss(nn.Module):
             norm=self._norm(model),
             deferred=self.deferred,
             caching=self._caching,
+            ranks_kl=self._ranks_kl(),
+            false_negative_margin=self._margin(),
         )
         result = step.run(features, labels)
         self._seen_states = (_num_modules(model), result.num_states)
@@ -242,6 +260,14 @@ class AdaptiveLayerLoss(nn.Module):
         is_all = self.n_layers_per_step <= 0 and self.layers is None and self.pairs is None
         return not is_all and not pipeline.is_compiled(self.model)
 
+    def _ranks_kl(self) -> bool:
+        return self.kl_target == "scores" and self.kl_temperature > 0 and self.kl_div_weight != 0
+
+    def _margin(self) -> float | None:
+        """Also that of the MatryoshkaLoss which this one is around."""
+        inner = self.loss.false_negative_margin if type(self.loss) is MatryoshkaLoss else None
+        return inner if self.false_negative_margin is None else self.false_negative_margin
+
     def _draw(self, num_states: int) -> Draw:
         """In the reference loop's order: the final layer's dims, the layers, each layer's dims and weight."""
         final = num_states - 1
@@ -266,8 +292,9 @@ class AdaptiveLayerLoss(nn.Module):
         return Cells(
             dims=self.loss.grid_dims if matryoshka else [width],
             weights=[[f * w for w in row] for f, row in zip((*factors, self.last_layer_weight), rows, strict=True)],
-            kl_weights=[kl_weight] * len(earlier) + [0.0],
+            kl_weights=[kl_weight] * len(earlier) + [kl_weight if self._ranks_kl() else 0.0],
             kl_temperature=self.kl_temperature if has_kl else 1.0,
+            drawn=[[weight != 0 for weight in row] for row in rows],
         )
 
     def get_config_dict(self) -> dict[str, Any]:
@@ -283,6 +310,8 @@ class AdaptiveLayerLoss(nn.Module):
             "kl_temperature": self.kl_temperature,
             "layer_weighting": name,
             **({} if self.layers is None else {"layers": self.layers}),
+            **({} if self.kl_target == "features" else {"kl_target": self.kl_target}),
+            **margin_config(self.false_negative_margin),
             **({} if self.final_norm == "skip" else {"final_norm": self.final_norm}),
         }
 

@@ -18,8 +18,10 @@ from ..reference import accumulate_dtype
 
 Features = dict[str, Any]
 
-# Columns share a call where padding them to one width adds at most this share of tokens.
-MERGED_PADDING = 0.1
+# Columns share a call where padding them to one width adds at most so many tokens on the CPU: what a call costs beside
+# its tokens (benchmarks/merged_columns.py). On a GPU, where that is mostly launches, at most this share of tokens.
+MERGED_TOKENS = 50
+MERGED_SHARE = 0.1
 
 
 @contextmanager
@@ -201,8 +203,12 @@ def merged_alike(columns: Sequence[Features]) -> list[Features]:
 
 
 def _is_alike(columns: Sequence[Features]) -> bool:
-    widths = [column["input_ids"].shape[-1] if "input_ids" in column else 0 for column in columns]
-    return max(widths) * len(widths) <= (1 + MERGED_PADDING) * sum(widths)
+    ids = [column["input_ids"] for column in columns if "input_ids" in column]
+    if len(ids) < len(columns):
+        return False
+    own = sum(each.numel() for each in ids)
+    padding = max(each.shape[-1] for each in ids) * sum(len(each) for each in ids) - own
+    return padding <= (MERGED_TOKENS if ids[0].device.type == "cpu" else MERGED_SHARE * own)
 
 
 def _merged(columns: Sequence[Features]) -> list[Features]:

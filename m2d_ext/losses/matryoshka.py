@@ -13,6 +13,7 @@ from . import fallback, pipeline
 from .cached import Caching, choose_caching, read_caching
 from .embed import Features, merged_candidates, transforms_rows
 from .gather import Draw, Drawn
+from .recipe import margin_config, read_margin
 from .step import Cells, Step
 
 logger = logging.getLogger("m2d_ext")
@@ -31,6 +32,19 @@ def check_uncached(loss: nn.Module, caching: Caching | None, reason: str) -> Non
         raise ValueError(f"{type(loss).__name__} cannot cache gradients (mini_batch_size) here: {reason}")
 
 
+def check_fusable(loss: nn.Module, reason: str, **options: Any) -> None:
+    """ValueError where an option is set that the reference loop does not have.
+
+    Args:
+        loss: ours.
+        reason: why only the loop would do.
+        options: by name, false where they are not set.
+    """
+    given = [name for name, value in options.items() if value]
+    if given:
+        raise ValueError(f"{given[0]} needs the fused path, which {type(loss).__name__} does not take here: {reason}")
+
+
 class MatryoshkaLoss(nn.Module):
     """Trains embeddings that can be cut to fewer dimensions: the sum of a base loss over prefixes of them.
 
@@ -46,15 +60,18 @@ class MatryoshkaLoss(nn.Module):
         matryoshka_dims: dimensions, in any order.
         matryoshka_weights: one weight per dimension; None: 1 each.
         n_dims_per_step: how many dims to draw per step; -1 for all.
+        false_negative_margin: leave out candidates whose cosine with the anchor exceeds its positive's by more than
+            this, at full width and in every dim alike: they may be unlabelled positives. Zhang et al., "Qwen3
+            Embedding", arXiv:2506.05176, take 0.1.
         mini_batch_size: embed so many texts of a column at a time, twice, and keep the activations of no more
             (gradient caching). None: the whole batch at once, or as a ``CachedMultipleNegativesRankingLoss`` says.
         mini_batch_num_tokens: as many texts at a time as have so many tokens, padding apart, in place of that.
         show_progress_bar: whether to show one over the mini-batches.
 
     Raises:
-        TypeError: a size of mini-batches is not an int.
-        ValueError: no dims, dims <= 0 or above the model's, or weights of another length; a size of mini-batches that
-            is not positive or given twice.
+        TypeError: a size of mini-batches is not an int; a margin is not a number.
+        ValueError: no dims, dims <= 0 or above the model's, or weights of another length; a margin for a base loss
+            that ranks no candidates; a size of mini-batches that is not positive or given twice.
     """
 
     # Any, because the Trainer puts a wrapper in the model's place.
@@ -69,6 +86,7 @@ class MatryoshkaLoss(nn.Module):
         matryoshka_weights: Sequence[float] | Sequence[int] | None = None,
         n_dims_per_step: int = -1,
         *,
+        false_negative_margin: float | None = None,
         mini_batch_size: int | None = None,
         mini_batch_num_tokens: int | None = None,
         show_progress_bar: bool = False,
@@ -90,6 +108,7 @@ class MatryoshkaLoss(nn.Module):
         self.matryoshka_dims: tuple[int, ...] = tuple(dim for dim, _ in pairs)
         self.matryoshka_weights: tuple[float, ...] = tuple(weight for _, weight in pairs)
         self.n_dims_per_step = n_dims_per_step
+        self.false_negative_margin = read_margin(false_negative_margin, loss)
         self._caching = choose_caching(read_caching(mini_batch_size, mini_batch_num_tokens, show_progress_bar), loss)
         self.uses_gradient_cache = uses_gradient_cache(loss)
         if self.uses_gradient_cache:
@@ -131,6 +150,7 @@ class MatryoshkaLoss(nn.Module):
         reason = pipeline.why_not_fused(model, self.loss, features, labels, cuts_dims=True)
         if reason is None:
             return self._fused(model, features, labels)
+        check_fusable(self, reason, false_negative_margin=self.false_negative_margin is not None)
         if self.uses_gradient_cache:
             say_fallback(self, reason)
             return self.loss(features, labels)
@@ -160,11 +180,13 @@ class MatryoshkaLoss(nn.Module):
             norm=None,
             deferred=False,
             caching=self._caching,
+            false_negative_margin=self.false_negative_margin,
         )
         return step.run(features, labels).loss
 
     def _cells(self, draw: Draw, _: int) -> Cells:
-        return Cells(self.grid_dims, [self.row(draw[0].dims)], [0.0], 1.0)
+        row = self.row(draw[0].dims)
+        return Cells(self.grid_dims, [row], [0.0], 1.0, [[weight != 0 for weight in row]])
 
     def get_config_dict(self) -> dict[str, Any]:
         """What the model card says of this loss."""
@@ -173,6 +195,7 @@ class MatryoshkaLoss(nn.Module):
             "matryoshka_dims": self.matryoshka_dims,
             "matryoshka_weights": self.matryoshka_weights,
             "n_dims_per_step": self.n_dims_per_step,
+            **margin_config(self.false_negative_margin),
         }
 
     @property

@@ -35,6 +35,8 @@ class Matryoshka2dLoss(AdaptiveLayerLoss):
         pairs: the (layer, dim) cells to train in every step, in place of all draws; of the final layer too, which
             teaches in any case. Zhuang et al., "Starbucks", arXiv:2410.13230, counts layers as hidden states are
             counted here: 0 is the embedding output.
+        kl_target: as there.
+        false_negative_margin: as there.
         final_norm: as there.
         log_cells: as there.
         deferred: as there.
@@ -63,6 +65,8 @@ class Matryoshka2dLoss(AdaptiveLayerLoss):
         *,
         layers: Sequence[int] | None = None,
         pairs: Pairs | None = None,
+        kl_target: Literal["features", "scores"] = "features",
+        false_negative_margin: float | None = None,
         final_norm: Literal["skip", "apply"] = "skip",
         log_cells: bool = False,
         deferred: bool = True,
@@ -80,6 +84,8 @@ class Matryoshka2dLoss(AdaptiveLayerLoss):
             kl_temperature=kl_temperature,
             layer_weighting=layer_weighting,
             layers=layers,
+            kl_target=kl_target,
+            false_negative_margin=false_negative_margin,
             final_norm=final_norm,
             log_cells=log_cells,
             deferred=deferred,

@@ -1,9 +1,12 @@
 """Which layers and dims a step trains: drawn, as sentence-transformers does, or as the user lists them."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
+from . import adapters
 from .fallback import sample
+from .pipeline import ranking_loss
 
 LayerWeighting: TypeAlias = Literal["uniform", "log", "linear"] | Sequence[float] | Callable[[int], float]
 Pairs: TypeAlias = Sequence[tuple[int, int]]
@@ -70,6 +73,36 @@ def read_weighting(weighting: LayerWeighting) -> LayerWeighting:
     if isinstance(weighting, Sequence) and not isinstance(weighting, str):
         return [float(weight) for weight in weighting]
     raise ValueError(f'layer_weighting must be "uniform", "log", "linear", or a callable, but got {weighting!r}.')
+
+
+def read_margin(margin: float | None, loss: Any) -> float | None:
+    """The margin of false negatives as a float.
+
+    Args:
+        margin: the user's.
+        loss: the base loss.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: not finite; or the loss ranks no candidates.
+    """
+    if margin is None:
+        return None
+    if isinstance(margin, bool) or not isinstance(margin, (int, float)):
+        raise TypeError(f"false_negative_margin must be a number or None, got {type(margin).__name__}")
+    if not math.isfinite(margin):
+        raise ValueError(f"false_negative_margin must be finite, got {margin}")
+    if not adapters.is_ranking(ranking_loss(loss)):
+        raise ValueError(
+            "false_negative_margin must be None for a base loss that ranks no in-batch candidates, "
+            f"{type(loss).__name__}, got {margin}"
+        )
+    return float(margin)
+
+
+def margin_config(margin: float | None) -> dict[str, float]:
+    """What a model card says of it."""
+    return {} if margin is None else {"false_negative_margin": margin}
 
 
 def choose_layers(num_states: int, layers: Sequence[int] | None, layers_per_step: int) -> Sequence[int]:

@@ -15,6 +15,8 @@ from . import adapters
 from .cached import Caching, MiniBatches
 from .embed import Features, embed, embed_rows, select_layers, transforms_rows
 from .gather import Batches, Draw, agree, gather_rows, gathers
+from .rows import Rows
+from .score_kl import score_kls
 
 
 class Cells(NamedTuple):
@@ -24,6 +26,7 @@ class Cells(NamedTuple):
     weights: list[list[float]]
     kl_weights: list[float]
     kl_temperature: float
+    drawn: list[list[bool]]  # of each layer, whether it is trained at a dim, though perhaps by a KL of rankings alone
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class Step:
         norm: what the earlier hidden states pass through before they are pooled; None: nothing.
         deferred: whether the gradients of earlier layers may be deferred.
         caching: how to cache gradients; None: not at all.
+        ranks_kl: whether the KL is one of rankings (:mod:`m2d_ext.losses.score_kl`), not of features.
+        false_negative_margin: as :class:`m2d_ext.losses.rows.Rows` has it.
     """
 
     wrapper: Any
@@ -59,6 +64,8 @@ class Step:
     norm: nn.Module | None
     deferred: bool
     caching: Caching | None
+    ranks_kl: bool = False
+    false_negative_margin: float | None = None
 
     def run(self, columns: list[Features], labels: Any) -> "Result":
         """The loss of a batch of C feature dicts and its labels.
@@ -108,10 +115,12 @@ class _Plan:
         self._step = step
         self._columns = columns
         self._labels = labels
-        self._is_info_nce = adapters.is_info_nce(step.loss)
+        self._is_info_nce = adapters.is_info_nce(step.loss) and step.false_negative_margin is None
         self._gathers = gathers(step.loss)
         if isinstance(step.loss, MultipleNegativesRankingLoss) and len(columns) < 2 and not self._gathers:
             raise ValueError(f"Expected at least 2 embeddings, got {len(columns)}")
+        if step.ranks_kl and len(columns) < 2:
+            raise ValueError(f"kl_target 'scores' needs at least 2 columns of texts, got {len(columns)}")
         self._batches: Batches | None = None
         self._draw: Draw = {}
         self._earlier: list[int] | None = None
@@ -148,7 +157,7 @@ class _Plan:
         if step.caching is not None:
             return self._cached(step.caching)
         batches = step.merge(self._columns)
-        if self._gathers or not self._is_info_nce or transforms_rows(step.model):
+        if self._gathers or step.ranks_kl or not self._is_info_nce or transforms_rows(step.model):
             pooled, num_states = embed_rows(step.wrapper, step.model, batches, self._earlier, step.norm, step.deferred)
             return self._of_pooled(select_layers(pooled, self._layers(num_states)))
         tokens, num_states = embed(step.wrapper, step.model, batches, self._earlier, step.norm)
@@ -173,42 +182,73 @@ class _Plan:
 
     def _of_pooled(self, pooled: Tensor) -> Result:
         cells = self._step.cells(self._draw, pooled.shape[-1])
-        results = (self._info_nce if self._is_info_nce else self._adapted)(pooled, cells)
-        return self._result(results, cells)
+        if self._is_info_nce and not self._step.ranks_kl:
+            return self._result(self._info_nce(pooled, cells), cells)
+        rows = self._rows(pooled, cells)
+        without_kl = cells._replace(kl_weights=[0.0] * len(cells.kl_weights))
+        if self._is_info_nce:
+            loss, values, _ = self._info_nce(pooled, without_kl, rows)
+        else:
+            loss, values = self._adapted(pooled, cells, rows)
+        kl_loss, kl = self._ranking_kl(cells, rows) if self._step.ranks_kl else self._feature_kl(pooled, cells)
+        return self._result((loss + kl_loss, values, kl), cells)
 
-    def _info_nce(self, pooled: Tensor, cells: Cells) -> functional.LossAndCells:
-        candidates, offset = None, 0
-        if self._batches is not None:
-            candidates = gather_rows(pooled[:, self._batches.sizes[self._batches.rank] :], self._batches)
-            offset = self._batches.offset
-        results = functional.matryoshka_2d_loss_pooled(
-            pooled, candidates=candidates, target_offset=offset, return_cells=True, **self._options(cells)
-        )
-        assert isinstance(results, tuple)
-        return results
-
-    def _adapted(self, pooled: Tensor, cells: Cells) -> functional.LossAndCells:
-        used = [k for k in range(len(cells.dims)) if any(row[k] != 0 for row in cells.weights)]
-        weights = torch.tensor(cells.weights, dtype=torch.float64, device=pooled.device)
+    def _rows(self, pooled: Tensor, cells: Cells) -> Rows:
+        used = [k for k in range(len(cells.dims)) if any(row[k] for row in cells.drawn)]
         everywhere = pooled if self._batches is None else gather_rows(pooled, self._batches)
-        rows = adapters.Rows(
+        return Rows(
             columns=list(pooled.chunk(len(self._columns), dim=1)),
             gathered=list(everywhere.chunk(len(self._columns), dim=1)),
             offset=0 if self._batches is None else self._batches.offset,
             dims=[cells.dims[k] for k in used],
             features=self._columns,
             labels=self._labels,
+            false_negative_margin=self._step.false_negative_margin,
         )
-        loss, kl = self._kl(pooled, cells)
-        values = torch.full_like(weights, torch.nan)
-        if used:
-            with torch.autocast(pooled.device.type, enabled=False):
-                found = adapters.cells(self._step.loss, rows)
-            loss = loss + (found * weights[:, used]).where(weights[:, used] != 0, 0).sum().to(loss.dtype)
-            values[:, used] = found.detach().where(weights[:, used] != 0, torch.nan)
-        return loss, values.to(loss.dtype), kl
 
-    def _kl(self, pooled: Tensor, cells: Cells) -> tuple[Tensor, Tensor]:
+    def _info_nce(self, pooled: Tensor, cells: Cells, rows: Rows | None = None) -> functional.LossAndCells:
+        candidates, offset = None, 0
+        if self._batches is not None:
+            offset = self._batches.offset
+            if rows is None:
+                candidates = gather_rows(pooled[:, self._batches.sizes[self._batches.rank] :], self._batches)
+            else:
+                candidates = torch.cat(rows.gathered[1:], dim=1)
+        results = functional.matryoshka_2d_loss_pooled(
+            pooled, candidates=candidates, target_offset=offset, return_cells=True, **self._options(cells)
+        )
+        assert isinstance(results, tuple)
+        return results
+
+    def _adapted(self, pooled: Tensor, cells: Cells, rows: Rows) -> tuple[Tensor, Tensor]:
+        """The weighted sum of the cells, and each."""
+        weights = torch.tensor(cells.weights, dtype=torch.float64, device=pooled.device)
+        values = torch.full_like(weights, torch.nan)
+        used = [cells.dims.index(dim) for dim in rows.dims]
+        if not used:
+            return pooled.sum() * 0, values.to(pooled.dtype)
+        with torch.autocast(pooled.device.type, enabled=False):
+            found = adapters.cells(self._step.loss, rows)
+        values[:, used] = found.detach().where(weights[:, used] != 0, torch.nan)
+        loss = (found * weights[:, used]).where(weights[:, used] != 0, 0).sum()
+        return loss.to(pooled.dtype), values.to(pooled.dtype)
+
+    def _ranking_kl(self, cells: Cells, rows: Rows) -> tuple[Tensor, Tensor]:
+        """The weighted sum of the layers' KLs, and each: the mean over its dims."""
+        pooled = rows.columns[0]
+        if not rows.dims or not any(cells.kl_weights):
+            return pooled.new_zeros(()), pooled.new_full((len(pooled),), torch.nan)
+        with torch.autocast(pooled.device.type, enabled=False):
+            found = score_kls(rows, getattr(self._step.loss, "scale", 1.0), cells.kl_temperature)
+        used = [cells.dims.index(dim) for dim in rows.dims]
+        shares = torch.tensor(cells.drawn, dtype=torch.float64, device=pooled.device)[:, used]
+        shares /= shares.sum(1, keepdim=True).clamp(min=1)
+        layers = (found * shares).sum(1)
+        weights = torch.tensor(cells.kl_weights, dtype=torch.float64, device=pooled.device)
+        kl = layers.detach().where(weights != 0, torch.nan)
+        return (layers * weights).sum().to(pooled.dtype), kl.to(pooled.dtype)
+
+    def _feature_kl(self, pooled: Tensor, cells: Cells) -> tuple[Tensor, Tensor]:
         """The KLs of all layers, weighted, and each; there is no ranking, so every text may be a column."""
         rows = pooled if pooled.shape[1] > 1 else pooled.repeat(1, 2, 1)
         results = functional.matryoshka_2d_loss_pooled(
@@ -232,7 +272,10 @@ class _Plan:
             "num_columns": len(self._columns),
             "scale": step.loss.scale,
             "normalize": step.normalize,
-            **cells._asdict(),
+            "dims": cells.dims,
+            "weights": cells.weights,
+            "kl_weights": cells.kl_weights,
+            "kl_temperature": cells.kl_temperature,
         }
 
 

@@ -1,0 +1,93 @@
+"""A stand-in for the encoder, to time what a loss adds to a backward: everything of it but the encoder's own work.
+
+A deferred gradient is added to one that autograd brings from the layer above; a dense one is added to it by autograd
+itself. Neither shows where the hidden states are leaves. Here they hang in a chain of nodes, one per layer, so that
+the real engine, hooks and accumulation run. (autograd adds in place: the loss's gradient arrives first and nobody
+else holds it, so the layer's is added into it.)
+
+What a layer would do is left out of the time, but not out of the cache: before a node hands down its gradient it reads
+as much memory as a layer's backward reads activations, and it writes that gradient as its last deed. So the gradient
+is as warm as in training, and all that was written earlier, such as the loss's own gradients, as cold.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Saved activations that a layer's backward reads, in sizes of a hidden state: a BERT layer has more than twenty.
+READ_BY_A_LAYER = 8
+
+
+class Untimed:
+    """Adds up the time of what a step has to do but is not measured by."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds += time.perf_counter() - start
+
+    def take(self) -> float:
+        """Seconds since this was last asked."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+
+class Layer:
+    """What each node of the chain does. All layers share it: of the values only their shape matters.
+
+    Args:
+        state: a hidden state, for its shape.
+        untimed: where the time of what stands for the encoder goes.
+    """
+
+    def __init__(self, state: Tensor, untimed: Untimed) -> None:
+        self.untimed = untimed
+        self.arrived: list[Tensor] | None = None  # gradients, final layer first, if they are to be kept
+        self._source = torch.randn_like(state)
+        self._activations = torch.ones(READ_BY_A_LAYER * state.numel())
+
+    def incoming_gradient(self) -> Tensor:
+        """What comes down from a layer, as warm as it then is."""
+        with self.untimed():
+            self._activations.sum()
+            # Not a copy, which could bypass the cache.
+            return self._source * 1.0
+
+    def arrive(self, grad: Tensor) -> None:
+        if self.arrived is not None:
+            self.arrived.append(grad)
+
+
+class _Node(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, below: Tensor, state: Tensor, layer: Layer) -> Tensor:
+        ctx.layer, ctx.is_first = layer, below.ndim == 0
+        return state.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        ctx.layer.arrive(grad)
+        return grad.new_zeros(()) if ctx.is_first else ctx.layer.incoming_gradient(), None, None
+
+
+def chained(states: Sequence[Tensor], layer: Layer) -> list[Tensor]:
+    """The states, each with the one before as its origin, and a parameter as the first one's."""
+    with layer.untimed():
+        below = torch.zeros((), requires_grad=True)
+        result = []
+        for state in states:
+            below = _Node.apply(below, state, layer)
+            result.append(below)
+        return result

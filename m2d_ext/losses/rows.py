@@ -1,0 +1,81 @@
+"""A batch's pooled rows, as the losses beside plain InfoNCE see them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..similarity import nested_cosines, nested_pair_cosines
+from .embed import Features
+
+MOST_SCORES = 1 << 24  # in memory at a time, in double: 128 MiB
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The pooled rows of a batch as an adapter sees them.
+
+    Args:
+        columns: C tensors (L, B, D), this process's.
+        gathered: the same of all processes, (L, M, D); without gathering the same tensors.
+        offset: where this process's rows start in a gathered column.
+        dims: K ascending, distinct prefix lengths.
+        features: what the columns were embedded from.
+        labels: those of the batch.
+        false_negative_margin: candidates that the final layer finds more similar to the anchor than the positive, by
+            more than this, are no negatives; None: all are.
+    """
+
+    columns: list[Tensor]
+    gathered: list[Tensor]
+    offset: int
+    dims: Sequence[int]
+    features: list[Features]
+    labels: Any
+    false_negative_margin: float | None = None
+
+    def cosines(self, a: Tensor, b: Tensor) -> Tensor:
+        """(L, K, A, B)."""
+        return nested_cosines(a, b, self.dims)
+
+    def pairs(self, a: Tensor, b: Tensor) -> Tensor:
+        """(L, K, A)."""
+        return nested_pair_cosines(a, b, self.dims)
+
+    @property
+    def batch_size(self) -> int:
+        return self.columns[0].shape[1]
+
+    @property
+    def own(self) -> Tensor:
+        """:meth:`own_of` all anchors."""
+        return self.own_of(slice(0, self.batch_size))
+
+    def own_of(self, anchors: slice) -> Tensor:
+        """(A, M), true where a gathered row of a column is the same process's row of the same text as the anchor."""
+        place = torch.arange(self.batch_size, device=self.columns[0].device)[anchors]
+        own = place.new_zeros((len(place), self.gathered[0].shape[1]), dtype=torch.bool)
+        own[torch.arange(len(place)), self.offset + place] = True
+        return own
+
+    def final(self) -> "Rows":
+        """The final layer's at full width, detached."""
+        columns, gathered = ([rows[-1:].detach() for rows in each] for each in (self.columns, self.gathered))
+        return replace(self, columns=columns, gathered=gathered, dims=[self.columns[0].shape[-1]])
+
+    def by_anchors(self, candidates: int, compute: Callable[[slice], Tensor]) -> Tensor:
+        """Values of every anchor (L, K, B), in memory for few of them at a time where all would take much.
+
+        Args:
+            candidates: how many scores an anchor takes in each layer and dim.
+            compute: from a slice of the A anchors to their values, (L, K, A). It runs twice where anchors are split.
+        """
+        cells = len(self.columns[0]) * len(self.dims)
+        size = max(1, MOST_SCORES // (cells * candidates))
+        if size >= self.batch_size:
+            return compute(slice(0, self.batch_size))
+        slices = [slice(first, min(first + size, self.batch_size)) for first in range(0, self.batch_size, size)]
+        return torch.cat([checkpoint(compute, part, use_reentrant=False) for part in slices], dim=-1)
