@@ -90,7 +90,8 @@ def table_of(found: dict[int, dict[str, Any]], args: argparse.Namespace) -> Tabl
     table = Table(
         title=f"One call / two calls, the wider column of {args.width} tokens: medians of {args.rounds} interleaved "
         f"rounds, {NUM_THREADS} threads",
-        caption=f"In brackets what half of the rounds lie between. Merged by our losses: up to {MERGED_TOKENS} tokens more.",
+        caption="In brackets what half of the rounds lie between. Merged by our losses: up to "
+        f"{MERGED_TOKENS} tokens more.",
     )
     table.add_column("pairs", justify="right")
     for padded in PADDED:

@@ -24,7 +24,7 @@ Weights: TypeAlias = Sequence[Sequence[float]] | Tensor
 class Tokens(NamedTuple):
     """Hidden states as blocks of texts, and the coefficient table that pools them."""
 
-    states: list[Tensor]  # L * blocks, layer-major: (n, T, D), or packed (total_tokens, D)
+    states: list[Tensor]  # L * blocks, layer-major: (n, T, D), or packed ([1,] total_tokens, D)
     coefficients: list[Tensor]  # per block (n, T), or packed (total_tokens,)
     cu_seqlens: Tensor | None = None  # (N + 1,) int64, packed only
     maximum: bool = False  # pool by maximum over the tokens whose coefficient is not 0
@@ -36,6 +36,13 @@ class Tokens(NamedTuple):
     @property
     def num_texts(self) -> int:
         return sum(map(len, self.coefficients)) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+
+    @property
+    def flat_states(self) -> list[Tensor]:
+        """Packed states without the leading 1 that an encoder gives them; padded ones as they are."""
+        if self.cu_seqlens is None:
+            return self.states
+        return [state.view(-1, state.shape[-1]) for state in self.states]
 
     def select(self, layers: Sequence[int]) -> "Tokens":
         blocks = len(self.coefficients)

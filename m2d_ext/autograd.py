@@ -37,7 +37,16 @@ def _scatter(ctx: Any, pooled_grad: Tensor, grad_output: Tensor | None, needed: 
     blocks = len(ctx.coefficients)
     layers = _needed_layers(needed, blocks)
     dense = ops.pool_backward(pooled_grad, grad_output, layers, ctx.coefficients, ctx.cu_seqlens, ctx.dtype)
+    if ctx.cu_seqlens is not None:
+        dense = [grad.view(ctx.shape) for grad in dense]
     return _place(dense, layers, needed, blocks)
+
+
+def _flat(states: Sequence[Tensor], cu_seqlens: Tensor | None) -> list[Tensor]:
+    """Packed states (1, total_tokens, D) as the operators take them. Not a view that autograd sees: gradients are
+    deferred to the very tensors that the encoder computes with.
+    """
+    return list(states) if cu_seqlens is None else [state.view(-1, state.shape[-1]) for state in states]
 
 
 def _scatter_now(
@@ -62,9 +71,10 @@ class _Loss(torch.autograd.Function):
         deferred: DeferredGradients | None,
         *states: Tensor,
     ) -> Any:
-        loss, cells, kl, pooled_grad = ops.loss(states, coefficients, cu_seqlens, grid, True)
+        loss, cells, kl, pooled_grad = ops.loss(_flat(states, cu_seqlens), coefficients, cu_seqlens, grid, True)
         ctx.save_for_backward(pooled_grad)
-        ctx.coefficients, ctx.cu_seqlens, ctx.dtype = coefficients, cu_seqlens, states[0].dtype
+        ctx.coefficients, ctx.cu_seqlens = coefficients, cu_seqlens
+        ctx.dtype, ctx.shape = states[0].dtype, states[0].shape
         ctx.deferred = deferred
         ctx.mark_non_differentiable(cells, kl)
         return loss, cells, kl
@@ -101,9 +111,10 @@ class _Pool(torch.autograd.Function):
         deferred: DeferredGradients | None,
         *states: Tensor,
     ) -> Tensor:
-        ctx.coefficients, ctx.cu_seqlens, ctx.dtype = coefficients, cu_seqlens, states[0].dtype
+        ctx.coefficients, ctx.cu_seqlens = coefficients, cu_seqlens
+        ctx.dtype, ctx.shape = states[0].dtype, states[0].shape
         ctx.deferred = deferred
-        return ops.pool(states, coefficients, cu_seqlens)
+        return ops.pool(_flat(states, cu_seqlens), coefficients, cu_seqlens)
 
     @staticmethod
     @once_differentiable
@@ -146,7 +157,7 @@ def pool(
     if _needs_grad(*hidden_states):
         later = _deferred(hidden_states, coefficients, cu_seqlens, deferred)
         return _Pool.apply(tuple(coefficients), cu_seqlens, later, *hidden_states)
-    return ops.pool(hidden_states, coefficients, cu_seqlens)
+    return ops.pool(_flat(hidden_states, cu_seqlens), coefficients, cu_seqlens)
 
 
 def _deferred(
@@ -176,7 +187,7 @@ def loss(
     if _needs_grad(*hidden_states):
         later = _deferred(hidden_states, coefficients, cu_seqlens, deferred)
         return _Loss.apply(tuple(coefficients), cu_seqlens, grid, later, *hidden_states)
-    return ops.loss(hidden_states, coefficients, cu_seqlens, grid, False)[:3]
+    return ops.loss(_flat(hidden_states, cu_seqlens), coefficients, cu_seqlens, grid, False)[:3]
 
 
 def pooled_loss(

@@ -81,7 +81,9 @@ class DeferredGradients:
         rows = pooled_grad[layer]
         if self._cu_seqlens is None:
             rows = rows.narrow(0, sum(map(len, self._coefficients[:block])), len(table))
-        return ops.add_pooled_grad(grad, rows, grad_output, table, self._cu_seqlens)
+            return ops.add_pooled_grad(grad, rows, grad_output, table, None)
+        flat = grad.view(-1, grad.shape[-1])
+        return ops.add_pooled_grad(flat, rows, grad_output, table, self._cu_seqlens).view_as(grad)
 
     def _finish(self) -> None:
         missing = sorted(self._expected)

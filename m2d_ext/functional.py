@@ -213,10 +213,11 @@ def _loss(tokens: Tokens, grid: Grid, fused: bool, deferred: bool) -> LossAndCel
 
 
 def _pool(tokens: Tokens, fused: bool, deferred: bool = False) -> Tensor:
-    inputs = tokens.states, tokens.coefficients, tokens.cu_seqlens
+    table = tokens.coefficients, tokens.cu_seqlens
     with torch.autocast(tokens.states[0].device.type, enabled=False):
         if fused and not tokens.maximum:
-            return autograd.pool(*inputs, deferred)
+            return autograd.pool(tokens.states, *table, deferred)
+        inputs = tokens.flat_states, *table
         backend = autograd if fused else reference
         return backend.pool_max(*inputs) if tokens.maximum else reference.pool(*inputs)
 

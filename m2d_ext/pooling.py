@@ -47,23 +47,37 @@ def padded_coefficients(
     return weights / (total.sqrt() if pooling == "mean_sqrt_len_tokens" else total)
 
 
-def packed_coefficients(cu_seqlens: Tensor, num_tokens: int, pooling: str, dtype: torch.dtype) -> Tensor:
-    """``a`` (num_tokens,) of the given dtype for texts packed one after another."""
+def packed_coefficients(
+    cu_seqlens: Tensor, num_tokens: int, pooling: str, dtype: torch.dtype, *, prompt_lengths: Tensor | None = None
+) -> Tensor:
+    """``a`` (num_tokens,) of the given dtype for texts packed one after another.
+
+    Args:
+        cu_seqlens: (N + 1,), where each text starts, and the last one ends.
+        num_tokens: in all.
+        pooling: one of ``MODES``.
+        dtype: of the result.
+        prompt_lengths: (N,), tokens to leave out at the start of each text (``include_prompt=False``).
+    """
     token = torch.arange(num_tokens, device=cu_seqlens.device)
     # On CUDA the offsets are not looked at: tokens after the last of them count as the last text's.
     text = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True).clamp(max=len(cu_seqlens) - 2)
     position = token - cu_seqlens[text]
-    length = cu_seqlens.diff()[text]
+    lengths = cu_seqlens.diff()
+    prompts = torch.zeros_like(lengths) if prompt_lengths is None else prompt_lengths.to(lengths)
     if pooling == "cls":
-        return (position == 0).to(dtype)
+        # Where the prompt is all there is, its own first token stands for the text.
+        return (position == prompts.where(lengths > prompts, 0)[text]).to(dtype)
     if pooling == "lasttoken":
-        return (position == length - 1).to(dtype)
+        return (position == lengths[text] - 1).to(dtype)
+    kept = position >= prompts[text]
     if pooling == "max":
-        return torch.ones_like(position, dtype=dtype)
-    if pooling == "weightedmean":
-        return (position + 1).to(dtype) / (length * (length + 1) / 2).to(dtype)
-    length = length.to(dtype)
-    return 1 / (length.sqrt() if pooling == "mean_sqrt_len_tokens" else length)
+        return kept.to(dtype)
+    if pooling == "weightedmean":  # the sum of prompt + 1, ..., length
+        total = (lengths * (lengths + 1) - prompts * (prompts + 1)) // 2
+        return kept * (position + 1).to(dtype) / total.clamp(min=1).to(dtype)[text]
+    total = (lengths - prompts).clamp(min=1).to(dtype)
+    return kept / (total.sqrt() if pooling == "mean_sqrt_len_tokens" else total)[text]
 
 
 def _positions(mask: Tensor) -> Tensor:

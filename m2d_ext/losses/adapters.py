@@ -25,7 +25,7 @@ from sentence_transformers.util import (
 )
 from torch import Tensor, nn
 
-from .embed import Features
+from .embed import Features, is_packed
 from .rows import Rows
 
 COSINES = (cos_sim, pytorch_cos_sim)
@@ -333,9 +333,15 @@ def _guide(loss: Any, features: Sequence[Features]) -> list[Tensor]:
     """The guide's embeddings of the columns; all cells share them."""
     columns = [dict(column) for column in features]
     if loss.must_retokenize:
-        texts = [loss.tokenizer.batch_decode(column["input_ids"], skip_special_tokens=True) for column in columns]
+        texts = [loss.tokenizer.batch_decode(_texts_of(column), skip_special_tokens=True) for column in columns]
         columns = [batch_to_device(loss.guide.preprocess(text), loss.guide.device) for text in texts]
     return embed_columns(loss.guide, columns)
+
+
+def _texts_of(column: Features) -> Any:
+    """Token ids by text."""
+    ids = column["input_ids"]
+    return ids[0].split(column["cu_seq_lens_q"].diff().tolist()) if is_packed(column) else ids
 
 
 def _orthogonal_refusal(loss: Any, normalized: bool, teaches: bool) -> str | None:

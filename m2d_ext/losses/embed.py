@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..arguments import Tokens
-from ..pooling import padded_coefficients
+from ..pooling import packed_coefficients, padded_coefficients
 from ..reference import accumulate_dtype
 
 Features = dict[str, Any]
@@ -216,9 +216,53 @@ def _merged(columns: Sequence[Features]) -> list[Features]:
     return list(columns) if merged is None else [merged]
 
 
+def is_packed(features: Features) -> bool:
+    """Whether texts stand one after another without padding, for flash attention."""
+    return "cu_seq_lens_q" in features
+
+
+def joined_packed(columns: Sequence[Features]) -> list[Features]:
+    """All packed columns as one batch: there is nothing to pad.
+
+    What DataCollatorWithFlattening gives: tokens along the last dimension, offsets, the largest length.
+    """
+    counts = [len(column["cu_seq_lens_q"]) - 1 for column in columns]
+    tokens = [column["input_ids"].shape[-1] for column in columns]
+    joined = dict(columns[0])
+    for name in set(joined) - {"prompt_length"}:
+        values = [column[name] for column in columns]
+        first = values[0]
+        if name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+            starts = itertools.accumulate(tokens, initial=0)
+            shifted = [value[1:] + start for value, start in zip(values, starts, strict=False)]
+            joined[name] = torch.cat([first[:1], *shifted]).to(first.dtype)
+        elif name in ("max_length_q", "max_length_k"):
+            joined[name] = max(values)
+        elif name == "seq_idx":
+            starts = itertools.accumulate(counts, initial=0)
+            joined[name] = torch.cat([v + start for v, start in zip(values, starts, strict=False)], dim=-1).to(first)
+        elif isinstance(first, Tensor) and first.ndim > 0 and first.shape[-1] == tokens[0]:
+            joined[name] = torch.cat(values, dim=-1)
+    lengths = [torch.full((count,), _prompt_length(column)) for count, column in zip(counts, columns, strict=True)]
+    joined["prompt_length"] = torch.cat(lengths)
+    return [joined]
+
+
 def _tokens(states: Sequence[Sequence[Tensor]], outputs: Sequence[Features], pooling: Any, mode: str) -> Tokens:
     """Blocks of states (calls × layers) and the coefficients of sentence-transformers' ``Pooling`` for them."""
     dtype = _common_dtype(state.dtype for block in states for state in block)
+    layer_major = [state.to(dtype) for layer in zip(*states, strict=True) for state in layer]
+    if is_packed(outputs[0]):
+        (output,) = outputs
+        offsets = output["cu_seq_lens_q"].long()
+        table = packed_coefficients(
+            offsets,
+            layer_major[0].shape[-2],
+            mode,
+            accumulate_dtype(dtype),
+            prompt_lengths=None if pooling.include_prompt else _prompt_lengths(output),
+        )
+        return Tokens(layer_major, [table], offsets, maximum=mode == "max")
     tables = [
         padded_coefficients(
             _mask(output, block[-1]),
@@ -228,7 +272,6 @@ def _tokens(states: Sequence[Sequence[Tensor]], outputs: Sequence[Features], poo
         )
         for output, block in zip(outputs, states, strict=True)
     ]
-    layer_major = [state.to(dtype) for layer in zip(*states, strict=True) for state in layer]
     return Tokens(layer_major, tables, maximum=mode == "max")
 
 
@@ -242,6 +285,14 @@ def _mask(features: Features, states: Tensor) -> Tensor:
 def _prompt_length(features: Features) -> int:
     length = features.get("prompt_length", 0)
     return int(length[0]) if isinstance(length, Tensor) else int(length)
+
+
+def _prompt_lengths(packed: Features) -> Tensor:
+    """Of each packed text."""
+    lengths, count = packed.get("prompt_length", 0), len(packed["cu_seq_lens_q"]) - 1
+    if isinstance(lengths, Tensor) and len(lengths) == count:
+        return lengths.to(packed["cu_seq_lens_q"].device)
+    return torch.full((count,), _prompt_length(packed), device=packed["cu_seq_lens_q"].device)
 
 
 def _common_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:

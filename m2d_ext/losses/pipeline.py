@@ -11,10 +11,10 @@ from sentence_transformers.sentence_transformer.modules import Dense, LayerNorm,
 from torch import nn
 
 from . import adapters, fallback
-from .embed import Features
+from .embed import Features, is_packed
 
 # What only the reference loop reads from a batch.
-UNFUSED_FEATURES = ("cu_seq_lens_q", "token_weights_sum", "cls_token_embeddings")
+UNFUSED_FEATURES = ("token_weights_sum", "cls_token_embeddings")
 
 
 # What may follow the pooling: it works on each row by itself.
@@ -97,6 +97,8 @@ def _why_not_model(model: Any) -> str | None:
 
 
 def _why_not_features(features: Sequence[Features]) -> str | None:
+    if len({is_packed(column) for column in features}) > 1:
+        return "the batch has packed and padded columns"
     present = [key for key in UNFUSED_FEATURES if any(key in column for column in features)]
     return f"the batch has {present[0]}" if present else None
 

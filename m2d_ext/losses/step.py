@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import functional
 from . import adapters
 from .cached import Caching, MiniBatches
-from .embed import Features, embed, embed_rows, select_layers, transforms_rows
+from .embed import Features, embed, embed_rows, is_packed, joined_packed, select_layers, transforms_rows
 from .gather import Batches, Draw, agree, gather_rows, gathers
 from .rows import Rows
 from .score_kl import score_kls
@@ -156,7 +156,8 @@ class _Plan:
         step = self._step
         if step.caching is not None:
             return self._cached(step.caching)
-        batches = step.merge(self._columns)
+        is_joined = bool(self._columns) and is_packed(self._columns[0])
+        batches = joined_packed(self._columns) if is_joined else step.merge(self._columns)
         if self._gathers or step.ranks_kl or not self._is_info_nce or transforms_rows(step.model):
             pooled, num_states = embed_rows(step.wrapper, step.model, batches, self._earlier, step.norm, step.deferred)
             return self._of_pooled(select_layers(pooled, self._layers(num_states)))
