@@ -56,11 +56,10 @@ def passes(inputs: Inputs, gradient: Callable[[int], Tensor]) -> Step:
     pooled_grads = torch.randn(shape.layers - 1, shape.texts, shape.width)
 
     def step() -> list[Tensor]:
-        # Kept until all are there, as the floor's copies are.
-        return [
-            ops.add_pooled_grad(gradient(i), rows, inputs.grad_output, table, None)
-            for i, rows in enumerate(pooled_grads)
-        ]
+        # In place, as in a backward where autograd alone holds what arrives.
+        for i, rows in enumerate(pooled_grads):
+            ops.add_pooled_grad_(gradient(i), rows, inputs.grad_output, table, None)
+        return []
 
     return step
 

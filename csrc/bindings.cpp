@@ -16,6 +16,9 @@ TORCH_LIBRARY(m2d_ext, m) {
       "add_pooled_grad(Tensor grad, Tensor pooled_grad, Tensor? grad_output, Tensor coefficients, "
       "Tensor? cu_seqlens) -> Tensor");
   m.def(
+      "add_pooled_grad_(Tensor(a!) grad, Tensor pooled_grad, Tensor? grad_output, "
+      "Tensor coefficients, Tensor? cu_seqlens) -> ()");
+  m.def(
       "pool_max(Tensor[] hidden_states, Tensor[] coefficients, Tensor? cu_seqlens) -> (Tensor, "
       "Tensor)");
   m.def(

@@ -4,20 +4,23 @@ A loss over all layers would hand autograd one gradient as large as each hidden 
 next layer arrives and is added to it. But wherever the final state was computed from an earlier one, that other
 gradient is sure to come, and to come after the loss's own backward. So the loss returns a dense gradient for the
 final state alone, and a hook on each earlier state adds ``g a dP`` to what arrives: no gradient of its own, and one
-pass over memory.
+pass over memory. In place, on the CPU, where nobody else holds what arrives: what autograd itself asks before it
+accumulates in place. (An addition hands one gradient to both of its terms.) Then padding is not even touched.
 
 Where that premise fails a gradient would be lost in silence. It is therefore checked, not assumed: a state is deferred
 only if an edge of the autograd graph leads from the final state to it, and a backward that should have reached a hook
 and did not raises.
 """
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import ops
 
@@ -40,6 +43,7 @@ class DeferredGradients:
         self._expected: set[int] = set()
         chosen, self._leaf = _deferrable(states, len(coefficients))
         self.places = frozenset(chosen)
+        _references_of_an_own_gradient()  # before a backward runs
         for place in self.places:
             states[place].register_hook(partial(self._add, place))
 
@@ -81,9 +85,11 @@ class DeferredGradients:
         rows = pooled_grad[layer]
         if self._cu_seqlens is None:
             rows = rows.narrow(0, sum(map(len, self._coefficients[:block])), len(table))
-            return ops.add_pooled_grad(grad, rows, grad_output, table, None)
-        flat = grad.view(-1, grad.shape[-1])
-        return ops.add_pooled_grad(flat, rows, grad_output, table, self._cu_seqlens).view_as(grad)
+        if _is_own(grad):
+            ops.add_pooled_grad_(_flat(grad, self._cu_seqlens), rows, grad_output, table, self._cu_seqlens)
+            return None
+        added = ops.add_pooled_grad(_flat(grad, self._cu_seqlens), rows, grad_output, table, self._cu_seqlens)
+        return added.view(grad.shape)
 
     def _finish(self) -> None:
         missing = sorted(self._expected)
@@ -94,6 +100,58 @@ class DeferredGradients:
                 f"the gradients of layers {layers} would be lost: autograd did not bring their hidden states' own. "
                 "Construct the loss with deferred=False."
             )
+
+
+def _flat(grad: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Packed gradients as the operators take them."""
+    return grad if cu_seqlens is None else grad.reshape(-1, grad.shape[-1])
+
+
+def _is_own(grad: Tensor) -> bool:
+    """Whether a hook of :class:`DeferredGradients` may write into the gradient it was given."""
+    return (
+        grad.device.type == "cpu"
+        and grad.is_contiguous()
+        and type(grad) is Tensor
+        and _references(grad) == _references_of_an_own_gradient()
+    )
+
+
+def _references(grad: Tensor) -> tuple[int, int, int]:
+    """How many hold the Python object, the tensor and its memory."""
+    tensor: Any = grad
+    return sys.getrefcount(grad), tensor._use_count(), torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+
+
+@cache
+def _references_of_an_own_gradient() -> tuple[int, int, int]:
+    """What :func:`_references` are inside :func:`_is_own` inside a hook where autograd alone holds the gradient.
+
+    Found by a backward like that, because every version of Python and torch counts the hands on the way differently.
+    """
+    probe = _Probe()
+    # Outside of what a user counts or traces.
+    with _disable_current_modes(), torch.enable_grad():
+        for _ in range(3):
+            state = torch.ones(1, 1, requires_grad=True) * 2.0
+            state.register_hook(partial(probe._add, 0))
+            (state * 3.0).backward(torch.ones(1, 1))
+    return min(probe.seen)
+
+
+class _Probe:
+    """Looks at a gradient from where :meth:`DeferredGradients._add` does."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int, int]] = []
+
+    def _add(self, place: int, grad: Tensor | None) -> Tensor | None:
+        assert grad is not None
+        self._is_own(grad)
+        return None
+
+    def _is_own(self, grad: Tensor) -> None:
+        self.seen.append(_references(grad))
 
 
 def _deferrable(states: Sequence[Tensor], blocks: int) -> tuple[list[int], Any]:

@@ -124,6 +124,17 @@ def add_pooled_grad(
     return torch.ops.m2d_ext.add_pooled_grad(grad, pooled_grad, grad_output, coefficients, cu_seqlens)
 
 
+def add_pooled_grad_(
+    grad: Tensor,
+    pooled_grad: Tensor,
+    grad_output: Tensor | None,
+    coefficients: Tensor,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """:func:`add_pooled_grad` into a contiguous ``grad`` itself. CPU only."""
+    torch.ops.m2d_ext.add_pooled_grad_(grad, pooled_grad, grad_output, coefficients, cu_seqlens)
+
+
 def pool_max(
     hidden_states: Sequence[Tensor], coefficients: Sequence[Tensor], cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -215,6 +226,16 @@ def _fake_add_pooled_grad(
     return grad.new_empty(grad.shape)
 
 
+def _fake_add_pooled_grad_(
+    grad: Tensor,
+    pooled_grad: Tensor,
+    grad_output: Tensor | None,
+    coefficients: Tensor,
+    cu_seqlens: Tensor | None,
+) -> None:
+    pass
+
+
 def _fake_pool_max(
     hidden_states: Sequence[Tensor], coefficients: Sequence[Tensor], cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -262,6 +283,7 @@ if _extension.available():
     torch.library.register_fake("m2d_ext::pool", _fake_pool)
     torch.library.register_fake("m2d_ext::pool_backward", _fake_pool_backward)
     torch.library.register_fake("m2d_ext::add_pooled_grad", _fake_add_pooled_grad)
+    torch.library.register_fake("m2d_ext::add_pooled_grad_", _fake_add_pooled_grad_)
     torch.library.register_fake("m2d_ext::pool_max", _fake_pool_max)
     torch.library.register_fake("m2d_ext::pool_max_backward", _fake_pool_backward)
     torch.library.register_fake("m2d_ext::loss", _fake_loss)

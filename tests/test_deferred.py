@@ -33,7 +33,7 @@ GRID: dict[str, Any] = {
 def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How many states got a dense gradient, and how many an addition."""
     counted = {"dense": 0, "added": 0}
-    pool_backward, add = ops.pool_backward, ops.add_pooled_grad
+    pool_backward, add, add_in_place = ops.pool_backward, ops.add_pooled_grad, ops.add_pooled_grad_
 
     def counting_backward(*args: Any) -> list[Tensor]:
         grads = pool_backward(*args)
@@ -44,8 +44,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         counted["added"] += 1
         return add(*args)
 
+    def counting_add_in_place(*args: Any) -> None:
+        counted["added"] += 1
+        add_in_place(*args)
+
     monkeypatch.setattr(ops, "pool_backward", counting_backward)
     monkeypatch.setattr(ops, "add_pooled_grad", counting_add)
+    monkeypatch.setattr(ops, "add_pooled_grad_", counting_add_in_place)
     return counted
 
 
@@ -377,3 +382,78 @@ def test_operations_of_a_step() -> None:
             loss.train()(features_of(model, texts), None).backward()
         counts.append(operations.count)
     assert counts[1] <= counts[0] + 100
+
+
+# --- in place, or not -----------------------------------------------------------------------------------------------
+
+
+class GivesBack(torch.autograd.Function):
+    """Its gradient is a tensor that somebody holds."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, held: Tensor, saves: bool) -> Tensor:
+        ctx.held = None if saves else held
+        ctx.save_for_backward(*([held * 1.0] if saves else []))
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> Any:
+        return ctx.saved_tensors[0] if ctx.held is None else ctx.held, None, None
+
+
+HELD = torch.full((4, 3, WIDTH), 0.5, dtype=torch.float64)
+# A term from before the state: autograd comes to it later, and keeps the sum's gradient for it. (It saves nothing.)
+OTHER = torch.ones(4, 3, WIDTH, dtype=torch.float64, requires_grad=True).view(4, 3, WIDTH)
+KEPT: list[tuple[Tensor, Tensor]] = []  # each with a copy made at once
+
+
+def _kept(state: Tensor) -> Tensor:
+    def keep(grad: Tensor) -> None:
+        KEPT.append((grad, grad.clone()))
+
+    state.register_hook(keep)
+    return state * 3.0
+
+
+# What follows a state, and whether autograd alone then holds what arrives there.
+FOLLOWERS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "product": (lambda state: state * 3.0, True),
+    "norm": (lambda state: torch.nn.functional.layer_norm(state, (WIDTH,)), True),
+    "two": (lambda state: state.tanh() + state.sin(), True),
+    "residual": (lambda state: state + OTHER, False),
+    "expanded": (lambda state: state.sum((0, 1), keepdim=True).expand_as(state), False),
+    "viewed": (lambda state: (state.flatten() * 3.0).view_as(state), False),
+    "held": (lambda state: GivesBack.apply(state, HELD, False), False),
+    "saved": (lambda state: GivesBack.apply(state, HELD, True), False),
+    "kept by a hook": (_kept, False),
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWERS)
+def test_in_place_only_where_nobody_else_holds_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right in any case, and what others hold is left as it was."""
+    follow, is_own = FOLLOWERS[name]
+    in_place: list[Tensor] = []
+    add = ops.add_pooled_grad_
+    monkeypatch.setattr(ops, "add_pooled_grad_", lambda grad, *rest: (in_place.append(grad), add(grad, *rest)))
+    mask = torch.ones(4, 3, dtype=torch.int64)
+    grads = []
+    for deferred in (True, False):
+        in_place.clear()
+        KEPT.clear()
+        torch.manual_seed(4)
+        x = torch.randn(4, 3, WIDTH, dtype=torch.float64, requires_grad=True)
+        first = x * 2.0
+        # Hooks run as they were registered: one before the loss's, as a user's would be.
+        final = follow(first)
+        grid = {"dims": [4, WIDTH], "weights": [[1.0, 0.5]] * 2, "kl_weights": [0.3, 0.0]}
+        loss = matryoshka_2d_loss([first, final], mask, deferred=deferred, **grid)
+        total = loss + (final * torch.linspace(0, 1, WIDTH, dtype=torch.float64)).sum()
+        total.backward(retain_graph=True)
+        assert len(in_place) == (deferred and is_own)
+        total.backward()
+        grads.append(x.grad)
+        assert len(KEPT) == (2 if name == "kept by a hook" else 0)
+        assert all(torch.equal(kept, copied) for kept, copied in KEPT)
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-12, atol=1e-12)
+    assert torch.equal(HELD, torch.full_like(HELD, 0.5))

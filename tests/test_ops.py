@@ -53,6 +53,9 @@ def test_opcheck_of_tokens(dtype: torch.dtype, packed: bool) -> None:
         torch.library.opcheck(
             torch.ops.m2d_ext.add_pooled_grad, (grad, rows[i, :texts], torch.tensor(2.0), table, offsets)
         )
+        torch.library.opcheck(
+            torch.ops.m2d_ext.add_pooled_grad_, (grad, rows[i, :texts], torch.tensor(2.0), table, offsets)
+        )
     indices = torch.zeros(3, 4, 8, dtype=torch.int32)
     torch.library.opcheck(torch.ops.m2d_ext.pool_max_backward, (rows, indices, [0, 2], coefficients, offsets, dtype))
 
@@ -74,6 +77,8 @@ def test_add_pooled_grad(dtype: torch.dtype, packed: bool) -> None:
         found = torch.ops.m2d_ext.add_pooled_grad(grad, rows, torch.tensor(2.5), table, offsets)
         torch.testing.assert_close(found, expected.to(dtype))
         assert torch.equal(found[table == 0], grad[table == 0])
+        torch.ops.m2d_ext.add_pooled_grad_(grad, rows, torch.tensor(2.5), table, offsets)
+        assert torch.equal(grad, found)
 
 
 @pytest.mark.parametrize("gathered", [False, True])

@@ -22,6 +22,11 @@ template <class Scalar, class Acc>
 void pool_backward_add(const PoolParams& params, const Acc* pooled_grad, Acc grad_output,
                        const Scalar* grads, bool stream);
 
+// states += grad_output * a[n, t] * pooled_grad[n, :] of one layer and block. Tokens whose coefficient is 0 are not
+// touched.
+template <class Scalar, class Acc>
+void pool_backward_accumulate(const PoolParams& params, const Acc* pooled_grad, Acc grad_output);
+
 // pooled (L, N, D) = the maximum over tokens whose coefficient is not 0, and indices (L, N, D) the first
 // token of the text that has it; 0 and -1 for a text without tokens. NaN is the largest.
 template <class Scalar, class Acc>

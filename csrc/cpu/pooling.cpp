@@ -76,6 +76,13 @@ M2D_MULTIVERSION void add_row(const Scalar* __restrict x, const Acc* __restrict 
     out[d] = static_cast<Scalar>(static_cast<Acc>(x[d]) + factor * row[d]);
 }
 
+template <class Scalar, class Acc>
+M2D_MULTIVERSION void accumulate_row(const Acc* __restrict row, Acc factor, int64_t dim,
+                                     Scalar* __restrict sum) {
+  for (int64_t d = 0; d < dim; ++d)
+    sum[d] = static_cast<Scalar>(static_cast<Acc>(sum[d]) + factor * row[d]);
+}
+
 // `row` holds one token's sum on its way past the caches.
 template <class Scalar, class Acc>
 void add_text(const Scalar* grads, const Acc* pooled_grad, Acc grad_output, const Acc* coefficients,
@@ -188,6 +195,21 @@ void pool_backward_add(const PoolParams& p, const Acc* pooled_grad, Acc grad_out
 }
 
 template <class Scalar, class Acc>
+void pool_backward_accumulate(const PoolParams& p, const Acc* pooled_grad, Acc grad_output) {
+  for_each_text(p, [&](int64_t, int64_t, int64_t text) {
+    const TokenBlock& block = p.blocks[0];
+    const TokenSpan span = token_span(block, text);
+    const Acc* coefficients = static_cast<const Acc*>(block.coefficients) + span.first;
+    Scalar* tokens =
+        static_cast<Scalar*>(p.states[0].data) + state_offset(block, p.states[0], text);
+    for (int64_t t = 0; t < span.count; ++t)
+      if (coefficients[t] != Acc(0))
+        accumulate_row(pooled_grad + text * p.dim, grad_output * coefficients[t], p.dim,
+                       tokens + t * p.dim);
+  });
+}
+
+template <class Scalar, class Acc>
 void pool_max(const PoolParams& p, int32_t* indices) {
   Acc* pooled = static_cast<Acc*>(p.pooled);
   for_each_text(p, [&](int64_t layer, int64_t b, int64_t text) {
@@ -219,6 +241,7 @@ void pool_max_backward(const PoolParams& p, const Acc* pooled_grad, const int32_
                                            bool);                                                 \
   template void pool_backward_add<Scalar, Acc>(const PoolParams&, const Acc*, Acc, const Scalar*, \
                                                bool);                                             \
+  template void pool_backward_accumulate<Scalar, Acc>(const PoolParams&, const Acc*, Acc);        \
   template void pool_max<Scalar, Acc>(const PoolParams&, int32_t*);                               \
   template void pool_max_backward<Scalar, Acc>(const PoolParams&, const Acc*, const int32_t*,     \
                                                const int64_t*);

@@ -86,6 +86,25 @@ Tensor add_pooled_grad_op(const Tensor& grad, const Tensor& pooled_grad,
   return problem.grads[0];
 }
 
+void add_pooled_grad_inplace_op(const Tensor& grad, const Tensor& pooled_grad,
+                                const std::optional<Tensor>& grad_output,
+                                const Tensor& coefficients,
+                                const std::optional<Tensor>& cu_seqlens) {
+  TORCH_CHECK(grad.is_contiguous(), "grad must be contiguous");
+  const PoolProblem problem = read_states({grad}, {coefficients}, cu_seqlens);
+  const Tensor rows = pooled_grad.contiguous();
+  TORCH_CHECK(rows.dim() == 2 && rows.size(0) == problem.params.num_texts &&
+                  rows.size(1) == problem.params.dim &&
+                  rows.scalar_type() == problem.accumulate_type,
+              "pooled_grad must be (texts, width) of the accumulation dtype");
+  const double factor = grad_output.has_value() ? grad_output->item<double>() : 1.0;
+  dispatch_states(grad.scalar_type(), [&](auto scalar, auto acc) {
+    using Acc = decltype(acc);
+    pool_backward_accumulate<decltype(scalar), Acc>(problem.params, rows.const_data_ptr<Acc>(),
+                                                    static_cast<Acc>(factor));
+  });
+}
+
 std::tuple<Tensor, Tensor> pool_max_op(at::TensorList hidden_states, at::TensorList coefficients,
                                        const std::optional<Tensor>& cu_seqlens) {
   PoolProblem problem = read_states(hidden_states, coefficients, cu_seqlens);
@@ -161,6 +180,7 @@ TORCH_LIBRARY_IMPL(m2d_ext, CPU, m) {
   m.impl("pool", &m2d::cpu::pool_op);
   m.impl("pool_backward", &m2d::cpu::pool_backward_op);
   m.impl("add_pooled_grad", &m2d::cpu::add_pooled_grad_op);
+  m.impl("add_pooled_grad_", &m2d::cpu::add_pooled_grad_inplace_op);
   m.impl("pool_max", &m2d::cpu::pool_max_op);
   m.impl("pool_max_backward", &m2d::cpu::pool_max_backward_op);
   m.impl("loss", &m2d::cpu::loss_op);
