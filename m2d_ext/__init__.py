@@ -3,6 +3,7 @@
 from . import functional
 from ._extension import build_info
 from ._version import __version__
+from .inference import truncate_model
 from .losses import AdaptiveLayerLoss, Matryoshka2dLoss, MatryoshkaLoss, fuse
 
 __all__ = [
@@ -13,4 +14,5 @@ __all__ = [
     "build_info",
     "functional",
     "fuse",
+    "truncate_model",
 ]

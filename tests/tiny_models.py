@@ -138,16 +138,68 @@ CONFIGS = {
 }
 
 
+def roberta_config(hidden: int, num_layers: int, dropout: float) -> PretrainedConfig:
+    # As MPNet counts positions.
+    sizes = _encoder_sizes(hidden, num_layers) | {"max_position_embeddings": MAX_LENGTH + 2, "type_vocab_size": 1}
+    return transformers.RobertaConfig(**sizes, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
+
+
+def xlm_roberta_config(hidden: int, num_layers: int, dropout: float) -> PretrainedConfig:
+    sizes = _encoder_sizes(hidden, num_layers) | {"max_position_embeddings": MAX_LENGTH + 2, "type_vocab_size": 1}
+    return transformers.XLMRobertaConfig(**sizes, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
+
+
+def t5_config(hidden: int, num_layers: int, dropout: float) -> PretrainedConfig:
+    return transformers.T5Config(
+        vocab_size=VOCAB_SIZE,
+        d_model=hidden,
+        d_kv=hidden // 2,
+        d_ff=2 * hidden,
+        num_layers=num_layers,
+        num_heads=2,
+        relative_attention_num_buckets=8,
+        initializer_factor=1.0,
+        pad_token_id=PAD_ID,
+        eos_token_id=SEP_ID,
+        dropout_rate=dropout,
+    )
+
+
+def gemma3_config(hidden: int, num_layers: int, dropout: float) -> PretrainedConfig:
+    """As EmbeddingGemma's encoder: attention in both directions, of two kinds."""
+    return transformers.Gemma3TextConfig(
+        **_encoder_sizes(hidden, num_layers),
+        num_key_value_heads=1,
+        head_dim=hidden // 2,
+        query_pre_attn_scalar=hidden // 2,
+        sliding_window=8,
+        layer_types=[("sliding_attention", "full_attention")[i % 2] for i in range(num_layers)],
+        use_bidirectional_attention=True,
+        bos_token_id=CLS_ID,
+        eos_token_id=SEP_ID,
+        attention_dropout=dropout,
+    )
+
+
+# Those that few tests need.
+MORE_CONFIGS = {
+    "roberta": roberta_config,
+    "xlm-roberta": xlm_roberta_config,
+    "t5": t5_config,
+    "gemma3": gemma3_config,
+}
+
+
 @functools.cache
 def _transformer(
     architecture: str, left_padding: bool, hidden: int, num_layers: int, dropout: float, seed: int
 ) -> Transformer:
     tokenizer = tiny_tokenizer(
-        special_tokens=architecture != "qwen3", padding_side="left" if left_padding else "right"
+        special_tokens=architecture not in ("qwen3", "gemma3"), padding_side="left" if left_padding else "right"
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = transformers.AutoModel.from_config(CONFIGS[architecture](hidden, num_layers, dropout))
+        model = transformers.AutoModel.from_config((CONFIGS | MORE_CONFIGS)[architecture](hidden, num_layers, dropout))
         _perturb_norms_and_biases(model)
     # The module only loads from a folder; a saved model is also what a user's own script would give it.
     with tempfile.TemporaryDirectory() as folder:

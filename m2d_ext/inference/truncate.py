@@ -1,0 +1,177 @@
+"""Cut a model to its first layers and dimensions, into a plain SentenceTransformer."""
+
+import copy
+import logging
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize
+from torch import nn
+
+logger = logging.getLogger("m2d_ext")
+
+CUT_KEY = "m2d_ext_cut"  # of the encoder's configuration
+
+
+def truncate_model(
+    model: SentenceTransformer, num_layers: int | None = None, dim: int | None = None
+) -> SentenceTransformer:
+    """The model with its first layers and dimensions alone: what was trained as one cell of the grid.
+
+    The encoder keeps its embeddings, its first layers and its final norm, so that the rows are those of hidden state
+    ``num_layers``, normalised as the architecture does. Of a model that normalises, the cut rows are normalised anew.
+    Loads and runs without m2d_ext once saved.
+
+    Args:
+        model: Transformer, Pooling and what follows. It is left as it is, and shares no parameters with the result.
+        num_layers: how many layers to keep, 0 for the embedding layer alone; None: all.
+        dim: how many dimensions to keep; None: all.
+
+    Returns:
+        A new ``SentenceTransformer`` on the same device. Its encoder's ``config.m2d_ext_cut`` and its model card say
+        what was cut.
+
+    Raises:
+        TypeError: not a SentenceTransformer, or numbers that are not ints.
+        ValueError: more layers or dims than there are; fewer layers than the architecture can have; an encoder whose
+            layers are not one list as long as its configuration says; one that is compiled, or has adapters.
+    """
+    _check_model(model)
+    encoder = model[0].auto_model
+    name, layers = find_layers(encoder)
+    num_layers = _check_count("num_layers", num_layers, len(layers), least=0)
+    width = model.get_embedding_dimension()
+    if width is None:
+        raise ValueError("model must say its embedding dimension, but get_embedding_dimension() is None")
+    dim = _check_count("dim", dim, width, least=1)
+    # What is cut off is not even copied: deepcopy takes these layers for copied already, to None.
+    memo: dict[int, Any] = {id(layer): None for layer in list(layers)[num_layers:]}
+    cut: SentenceTransformer = copy.deepcopy(model, memo)
+    _cut_layers(cut[0].auto_model, name, num_layers, len(layers))
+    if dim < width:
+        _cut_dims(cut, dim, width)
+    cut[0].auto_model.config.update(
+        {CUT_KEY: {"num_layers": num_layers, "of_layers": len(layers), "dim": dim, "of_dims": width}}
+    )
+    _check_loadable(cut[0].auto_model, num_layers)
+    _describe(cut, model, num_layers, len(layers), dim, width)
+    return cut
+
+
+def find_layers(encoder: Any) -> tuple[str, nn.ModuleList]:
+    """The list of an encoder's layers, by name, found as its configuration counts them.
+
+    Raises:
+        ValueError: there is none, or more than one.
+    """
+    count = _text_config(encoder.config).num_hidden_layers
+    found = {
+        name: module
+        for name, module in encoder.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    }
+    outermost = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
+    if len(outermost) != 1:
+        raise ValueError(
+            f"model must have one list of {count} layers, as its configuration counts them; "
+            f"{type(encoder).__name__} has {outermost or 'none'}"
+        )
+    return outermost[0], found[outermost[0]]
+
+
+def _check_model(model: Any) -> None:
+    if hasattr(model, "_orig_mod"):
+        raise ValueError("model must not be compiled: cut it first, and compile what comes out")
+    if not isinstance(model, SentenceTransformer):
+        raise TypeError(f"model must be a SentenceTransformer, got {type(model).__name__}")
+    if not isinstance(model[0], Transformer):
+        raise ValueError(f"model must start with a Transformer, got {type(model[0]).__name__}")
+    encoder = model[0].auto_model
+    if hasattr(encoder, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        raise ValueError("model must not be compiled: cut it first, and compile what comes out")
+    if hasattr(encoder, "peft_config"):
+        raise ValueError("model must have no adapters: merge them first (merge_and_unload)")
+
+
+def _check_count(name: str, count: int | None, most: int, least: int) -> int:
+    if count is None:
+        return most
+    if not isinstance(count, int) or isinstance(count, bool):
+        raise TypeError(f"{name} must be an int or None, got {type(count).__name__}")
+    if not least <= count <= most:
+        raise ValueError(f"{name} must be from {least} to {most} for this model, got {count}")
+    return count
+
+
+def _text_config(config: Any) -> Any:
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _cut_layers(encoder: Any, name: str, num_layers: int, of_layers: int) -> None:
+    owner, _, attribute = name.rpartition(".")
+    layers = encoder.get_submodule(name)
+    setattr(encoder.get_submodule(owner), attribute, nn.ModuleList(list(layers)[:num_layers]))
+    seen: set[int] = set()
+    for module in encoder.modules():  # a submodule may hold a configuration of its own
+        config = getattr(module, "config", None)
+        if config is not None and id(config) not in seen:
+            seen.add(id(config))
+            _cut_config(_text_config(config), num_layers, of_layers)
+
+
+def _cut_config(config: Any, num_layers: int, of_layers: int) -> None:
+    """The number of layers, and all that the configuration lists per layer."""
+    if getattr(config, "num_hidden_layers", None) != of_layers:
+        return
+    lists = {
+        name: value[:num_layers]
+        for name, value in vars(config).items()
+        if isinstance(value, list | tuple) and len(value) == of_layers and name.startswith(("layer", "mlp_layer"))
+    }
+    config.num_hidden_layers = num_layers
+    for name, value in lists.items():
+        setattr(config, name, value)
+
+
+def _check_loadable(encoder: Any, num_layers: int) -> None:
+    """Some configurations cannot be without layers."""
+    try:
+        type(encoder.config).from_dict(encoder.config.to_dict())
+    except Exception as error:
+        raise ValueError(
+            f"{type(encoder).__name__} cannot be cut to {num_layers} layers: it could not be loaded again"
+        ) from error
+
+
+def _cut_dims(model: SentenceTransformer, dim: int, width: int) -> None:
+    modules = list(model.children())
+    if not isinstance(modules[-1], Normalize):
+        # encode() cuts to it, and save_pretrained() keeps it.
+        model.truncate_dim = dim
+        return
+    model.truncate_dim = None if model.truncate_dim is None else min(model.truncate_dim, dim)
+    first = Dense(width, dim, bias=False, activation_function=nn.Identity())
+    parameter = next(model.parameters())
+    with torch.no_grad():
+        first.linear.weight.copy_(torch.eye(dim, width))
+    first.to(device=parameter.device, dtype=parameter.dtype).train(model.training)
+    # In between: rows that are cut after they were normalised are shorter than 1.
+    normalize = modules[-1]
+    name = list(dict(model.named_children()))[-1]
+    setattr(model, name, first)
+    model.add_module(str(len(modules)), normalize)
+
+
+def _describe(
+    cut: SentenceTransformer, model: SentenceTransformer, num_layers: int, of_layers: int, dim: int, of_dims: int
+) -> None:
+    """In the model card, above what its template says."""
+    data = cut.model_card_data
+    base = model.model_card_data.base_model or model.model_card_data.model_name
+    what = f"the first {num_layers} of {of_layers} layers and {dim} of {of_dims} dimensions"
+    data.model_name = f"{base or 'SentenceTransformer'}, cut to {what}"
+    tags = [tag for tag in data.tags or [] if tag not in ("matryoshka", "m2d_ext")]
+    data.tags = [*tags, "matryoshka", "m2d_ext"]
+    logger.info("Kept %s.", what)
