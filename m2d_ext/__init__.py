@@ -3,11 +3,12 @@
 from . import functional
 from ._extension import build_info
 from ._version import __version__
-from .inference import truncate_model
+from .inference import GridEvaluator, truncate_model
 from .losses import AdaptiveLayerLoss, Matryoshka2dLoss, MatryoshkaLoss, fuse
 
 __all__ = [
     "AdaptiveLayerLoss",
+    "GridEvaluator",
     "Matryoshka2dLoss",
     "MatryoshkaLoss",
     "__version__",

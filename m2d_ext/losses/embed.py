@@ -109,7 +109,7 @@ def embed_rows(
     if not transforms_rows(model):
         tokens, num_states = embed(wrapper, model, batches, earlier, norm)
         return functional.pool_of_tokens(tokens, deferred=deferred), num_states
-    pool = partial(_pool_all_layers, model[1], earlier, norm, deferred)
+    pool = partial(pool_all_layers, model[1], earlier, norm, deferred)
     outputs = _call(wrapper, model, batches, earlier, {model[1]: pool})
     num_states = _num_states(outputs[0])
     layers = num_states if earlier is None else len(earlier) + 1
@@ -147,7 +147,7 @@ def _call(
         return [wrapper(dict(batch)) for batch in batches]
 
 
-def _pool_all_layers(
+def pool_all_layers(
     pooling: Any,
     earlier: Sequence[int] | None,
     norm: nn.Module | None,

@@ -58,7 +58,7 @@ def why_not_fused(
         cuts_dims: whether a MatryoshkaLoss cuts and normalises the embeddings before the base loss sees them.
     """
     return (
-        _why_not_model(model)
+        why_not_model(model)
         or _why_not_loss(base_loss, model, labels, cuts_dims or is_normalized(model))
         or _why_not_features(features)
     )
@@ -76,7 +76,8 @@ def _why_not_loss(loss: Any, model: Any, labels: Any, normalized: bool) -> str |
     return f"{name} has hooks or a replaced forward" if _is_hooked(caching) or _is_hooked(loss) else None
 
 
-def _why_not_model(model: Any) -> str | None:
+def why_not_model(model: Any) -> str | None:
+    """The reason why a model's rows of all layers are not those of its pooling and row modules; None if they are."""
     if getattr(type(model), "forward", None) is not SentenceTransformer.forward:
         return f"{type(model).__name__} has its own forward"
     modules = list(model.children())

@@ -1,0 +1,100 @@
+"""The rows of all layers from one ``encode`` of sentence-transformers, whose prompts, batches and order they keep."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize
+from torch import Tensor, nn
+
+from ..architecture import final_norm
+from ..losses.embed import Features, pool_all_layers, replaced_forward, returned_states
+from ..losses.pipeline import why_not_model
+from .truncate import find_layers
+
+
+class AllLayers:
+    """A model that encodes to the rows of several layers at once.
+
+    Args:
+        model: Transformer, Pooling and modules that work on rows. In the encoder it is as it was, before and after
+            every :meth:`encode`.
+        layers: how many layers to keep, each; None: 0 up to all.
+        apply_norm: whether the earlier layers pass through the encoder's final norm, if it has one: what a model cut
+            there does.
+
+    Raises:
+        ValueError: another pipeline; layers that the model does not have.
+    """
+
+    def __init__(
+        self, model: SentenceTransformer, layers: Sequence[int] | None = None, apply_norm: bool = True
+    ) -> None:
+        reason = why_not_model(model)
+        if reason is not None:
+            raise ValueError(f"model must be a Transformer, a Pooling and modules that work on rows, but {reason}")
+        _, encoder_layers = find_layers(model[0].auto_model)
+        count = len(encoder_layers)
+        layers = range(count + 1) if layers is None else layers
+        if len(layers) == 0 or any(not 0 <= layer <= count for layer in layers) or len(set(layers)) < len(layers):
+            raise ValueError(f"layers must be distinct and from 0 to {count} for this model, got {list(layers)}")
+        self.model: Any = model
+        self.layers = list(layers)
+        self._earlier = sorted(layer for layer in layers if layer < count)
+        self._norm: nn.Module | None = final_norm(model[0]) if apply_norm else None
+        # The final layer comes last and in any case.
+        self._places = [self._earlier.index(layer) if layer < count else len(self._earlier) for layer in layers]
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether the model normalises what it returns. The rows of :meth:`encode` are those before."""
+        return isinstance(list(self.model.children())[-1], Normalize)
+
+    @property
+    def width(self) -> int:
+        """D, of the rows before any cut."""
+        with self.model.truncate_embeddings(None):
+            return int(self.model.get_embedding_dimension())
+
+    def encode(self, texts: Sequence[str], how: str = "encode", **options: Any) -> Tensor:
+        """Rows of all layers.
+
+        Args:
+            texts: N.
+            how: "encode", "encode_query" or "encode_document".
+            options: prompts, batch_size, show_progress_bar.
+
+        Returns:
+            (N, layers, D) on the CPU, not normalised.
+        """
+        training = self.model.training
+        try:
+            with self._states_returned(), self.model.truncate_embeddings(None):
+                rows = getattr(self.model, how)(list(texts), convert_to_numpy=True, **options)
+        finally:
+            self.model.train(training)
+        return torch.from_numpy(rows).unflatten(1, (len(self._earlier) + 1, -1))[:, self._places]
+
+    @contextmanager
+    def _states_returned(self) -> Iterator[None]:
+        modules = list(self.model.children())
+        pool = partial(pool_all_layers, modules[1], self._earlier, self._norm, False)
+        with ExitStack() as stack:
+            if self._earlier:
+                stack.enter_context(returned_states(self.model, list(self._earlier)))
+            stack.enter_context(replaced_forward(modules[1], pool))
+            if self.normalizes:
+                stack.enter_context(replaced_forward(modules[-1], lambda features, **_: features))
+            stack.enter_context(replaced_forward(self.model, partial(self._side_by_side, self.model.forward)))
+            yield
+
+    def _side_by_side(self, forward: Any, features: Features, **options: Any) -> Features:
+        """The model's forward, with the layers' rows of a text next to each other: a row a text, as encode wants."""
+        output: Features = forward(features, **options)
+        output["sentence_embedding"] = (
+            output["sentence_embedding"].unflatten(0, (-1, len(self._earlier) + 1)).flatten(1)
+        )
+        return output

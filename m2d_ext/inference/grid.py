@@ -1,0 +1,90 @@
+"""What was measured: a score for every layer and dimension."""
+
+import csv
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Scores of layers × dims cells.
+
+    Args:
+        layers: how many layers a cell keeps; 0 is the embedding layer's output.
+        dims: how many dimensions it keeps.
+        scores: (layers, dims).
+        metric: what they are, such as "spearman_cosine".
+        greater_is_better: whether a higher score is better.
+        model: its name or path.
+        name: of the data.
+        extra: other metrics of the same shape, by name.
+
+    Raises:
+        ValueError: scores of another shape than layers × dims.
+    """
+
+    layers: list[int]
+    dims: list[int]
+    scores: list[list[float]]
+    metric: str
+    greater_is_better: bool = True
+    model: str = ""
+    name: str = ""
+    extra: dict[str, list[list[float]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for metric, scores in {self.metric: self.scores, **self.extra}.items():
+            if len(scores) != len(self.layers) or any(len(row) != len(self.dims) for row in scores):
+                raise ValueError(f"{metric} must be {len(self.layers)} layers × {len(self.dims)} dims")
+
+    def score(self, layer: int, dim: int) -> float:
+        """Of one cell. ValueError if it is not in the grid."""
+        if layer not in self.layers:
+            raise ValueError(f"layer must be one of {self.layers}, got {layer}")
+        if dim not in self.dims:
+            raise ValueError(f"dim must be one of {self.dims}, got {dim}")
+        return self.scores[self.layers.index(layer)][self.dims.index(dim)]
+
+    def mean(self) -> float:
+        """Over all cells."""
+        return statistics.fmean(score for row in self.scores for score in row)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Any) -> "Grid":
+        """ValueError where it is no grid."""
+        names = {"layers": Sequence, "dims": Sequence, "scores": Sequence, "metric": str}
+        for name, kind in names.items():
+            if not isinstance(data, dict) or not isinstance(data.get(name), kind):
+                raise ValueError(f"a grid must have {name!r}")
+        unknown = set(data) - set(cls.__dataclass_fields__)
+        if unknown:
+            raise ValueError(f"a grid has no {sorted(unknown)[0]!r}")
+        return cls(**data)
+
+    def write(self, path: str | Path) -> None:
+        """As JSON."""
+        Path(path).write_text(json.dumps(self.to_json(), indent=1), encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Grid":
+        """What :meth:`write` wrote. ValueError where it is no grid."""
+        try:
+            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise ValueError(f"{path} is no grid: {error}") from error
+
+    def write_csv(self, path: str | Path) -> None:
+        """A line per cell: layer, dim, the metric and the others."""
+        with Path(path).open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["layer", "dim", self.metric, *self.extra])
+            for i, layer in enumerate(self.layers):
+                for k, dim in enumerate(self.dims):
+                    writer.writerow([layer, dim, self.scores[i][k], *(rows[i][k] for rows in self.extra.values())])
