@@ -1,7 +1,9 @@
-"""From the trained grid to a deployed cell: evaluate every layer and dim in one encode, and cut the model."""
+"""From the trained grid to a deployed cell: evaluate every layer and dim in one encode, choose one, cut the model."""
 
+from .choose import Cell, Choice, choose
 from .evaluator import GridEvaluator
 from .grid import Grid
+from .profile import Profile, profile
 from .truncate import truncate_model
 
-__all__ = ["Grid", "GridEvaluator", "truncate_model"]
+__all__ = ["Cell", "Choice", "Grid", "GridEvaluator", "Profile", "choose", "profile", "truncate_model"]

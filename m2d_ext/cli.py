@@ -1,0 +1,277 @@
+"""The command line: evaluate the grid of a model, profile it, choose a cell, cut the model to it."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+from sentence_transformers import SentenceTransformer
+from transformers.utils import logging
+
+from . import inference
+from .inference import Choice, Grid, GridEvaluator, Profile, plots, truncate_model
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+except ImportError:
+    raise SystemExit("m2d needs typer and rich: pip install 'm2d_ext[cli]'") from None
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="From a trained 2D Matryoshka model to the cell that you deploy.",
+)
+
+READERS = (".tsv", ".csv", ".jsonl", ".json")
+
+Model = Annotated[str, typer.Argument(help="A SentenceTransformer: a folder or a name.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON alone.")]
+
+
+class Refusal(Exception):
+    """Bad input: one line, and exit code 2."""
+
+
+@app.command(
+    epilog="Example: m2d grid outputs/model --data stsb_test.tsv.gz --dims 384,128 --output grid.json --heatmap g.png"
+)
+def grid(
+    model: Model,
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Rows: .tsv, .csv or .jsonl, perhaps .gz, or a dataset's name. Columns: sentence1, sentence2 and "
+            "score or label; anchor, positive, perhaps negative.",
+            show_default=False,
+        ),
+    ],
+    dims: Annotated[str | None, typer.Option(help="As 384,128. [the model's and its halves]")] = None,
+    layers: Annotated[str | None, typer.Option(help="As 0,3,6. [all]")] = None,
+    split: Annotated[str, typer.Option(help="Of a named dataset.")] = "test",
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    output: Annotated[Path | None, typer.Option(help="Write the grid as JSON.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write a line per cell.")] = None,
+    heatmap: Annotated[Path | None, typer.Option(help="Draw layers × dims.")] = None,
+    curves: Annotated[Path | None, typer.Option(help="Draw a line per dim.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score every layer and dim of MODEL, from one encode of the data."""
+    wanted = {"layers": _numbers("--layers", layers), "dims": _numbers("--dims", dims)}
+    rows = _read_rows(data, split)
+    loaded = _load(model)
+    evaluator = GridEvaluator(rows, **wanted, batch_size=batch_size, show_progress_bar=False)  # type: ignore[arg-type]
+    found = evaluator.grid(loaded)
+    for path, write in (
+        (output, found.write),
+        (csv, found.write_csv),
+        (heatmap, lambda path: plots.heatmap(found, path)),
+        (curves, lambda path: plots.curves(found, path)),
+    ):
+        _write(path, write)
+    _show(as_json, found.to_json(), lambda: _grid_table(found))
+
+
+@app.command(epilog="Example: m2d profile outputs/model --output profile.json")
+def profile(
+    model: Model,
+    layers: Annotated[str | None, typer.Option(help="As 2,4,6. [all]")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; figures are medians.")] = 5,
+    output: Annotated[Path | None, typer.Option(help="Write the profile as JSON.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how fast MODEL encodes on this machine, cut to fewer layers."""
+    numbers = _numbers("--layers", layers)
+    found = inference.profile(_load(model), layers=numbers, batch_size=batch_size, repeats=repeats)
+    _write(output, found.write)
+    _show(as_json, found.to_json(), lambda: _profile_table(found))
+
+
+@app.command(epilog="Example: m2d choose grid.json --profile profile.json --min-quality 98% --plot front.png")
+def choose(
+    grid: Annotated[Path, typer.Argument(help="What `m2d grid --output` wrote.", show_default=False)],
+    profile: Annotated[Path | None, typer.Option(help="What `m2d profile --output` wrote.")] = None,
+    model: Annotated[str | None, typer.Option(help="Profile this model now.")] = None,
+    min_quality: Annotated[str | None, typer.Option(help="A score, or a share of the best cell's: 98%.")] = None,
+    max_latency: Annotated[float | None, typer.Option(help="Milliseconds to encode one text.")] = None,
+    max_bytes: Annotated[int | None, typer.Option(help="Of a vector in an index.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw quality against latency.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Pick a cell of GRID, and list the cells worth having."""
+    if (profile is None) == (model is None):
+        raise Refusal("give one of --profile and --model")
+    _check_file(grid)
+    found = inference.Grid.read(grid)
+    if profile is not None:
+        _check_file(profile)
+        costs = inference.Profile.read(profile)
+    else:
+        costs = inference.profile(_load(str(model)), layers=found.layers)
+    choice = inference.choose(found, costs, min_quality=min_quality, max_latency=max_latency, max_bytes=max_bytes)
+    _write(plot, lambda path: plots.front(choice, path))
+    _show(as_json, choice.to_json(), lambda: _choice_table(choice))
+
+
+@app.command(epilog="Example: m2d cut outputs/model --layers 3 --dim 128 outputs/small")
+def cut(
+    model: Model,
+    output: Annotated[Path, typer.Argument(help="The folder of the cut model.", show_default=False)],
+    layers: Annotated[int | None, typer.Option(help="Layers to keep. [all]")] = None,
+    dim: Annotated[int | None, typer.Option(help="Dimensions to keep. [all]")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Save MODEL's first layers and dimensions: a plain SentenceTransformer."""
+    if layers is None and dim is None:
+        raise Refusal("give --layers, --dim or both")
+    if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
+        raise Refusal(f"{output} exists and is not an empty folder")
+    loaded = _load(model)
+    small = truncate_model(loaded, layers, dim)
+    small.save_pretrained(str(output))
+    sizes = [sum(p.numel() for p in each.parameters()) for each in (loaded, small)]
+    facts = {**small[0].auto_model.config.m2d_ext_cut, "parameters": sizes[1], "of_parameters": sizes[0]}
+    _show(as_json, {"output": str(output), **facts}, lambda: _facts_table(str(output), facts))
+
+
+def main() -> None:
+    """The console script."""
+    try:
+        # Typer's own messages for what it refuses by itself.
+        app(standalone_mode=False)
+    except typer.Exit as done:
+        raise SystemExit(done.exit_code) from None
+    except (Refusal, ValueError, ImportError) as error:
+        _fail(str(error), 2)
+    except Exception as error:
+        message = getattr(error, "format_message", None)
+        if message is None:
+            raise
+        _fail(message(), getattr(error, "exit_code", 2))
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"m2d: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _numbers(option: str, text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise Refusal(f"{option} must be numbers with commas between, got {text!r}") from None
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise Refusal(f"there is no file {path}")
+
+
+def _read_rows(data: str, split: str) -> Any:
+    """A datasets.Dataset of a file or a name."""
+    path = Path(data)
+    name = path.name.removesuffix(".gz")
+    if not name.endswith(READERS):
+        if path.exists():
+            raise Refusal(f"{data} must end in {', '.join(READERS)}, perhaps with .gz")
+        return _named_rows(data, split)
+    _check_file(path)
+    return _file_rows(data, name)
+
+
+def _file_rows(data: str, name: str) -> Any:
+    from datasets import Dataset, disable_progress_bars
+
+    disable_progress_bars()
+    try:
+        if name.endswith((".jsonl", ".json")):
+            return Dataset.from_json(data)
+        # Quotation marks are text in tab-separated files, as everywhere in this field.
+        options: dict[str, Any] = {"delimiter": "\t", "quoting": 3} if name.endswith(".tsv") else {}
+        return Dataset.from_csv(data, **options)
+    except Exception as error:  # of many kinds, by what the file is like
+        reason = "it must hold at least one row, got none" if "no data" in str(error) else str(error)
+        raise Refusal(f"{data} cannot be read: {reason}") from error
+
+
+def _named_rows(name: str, split: str) -> Any:
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(name, split=split)
+    except Exception as error:  # of many kinds: no network, no such name, no such split
+        raise Refusal(f"--data {name} is no file, and no dataset that can be loaded: {error}") from error
+
+
+def _load(name: str) -> Any:
+    logging.disable_progress_bar()
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).expanduser().is_dir():
+        raise Refusal(f"there is no folder {name}")
+    try:
+        return SentenceTransformer(str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name)
+    except OSError as error:
+        raise Refusal(f"{name} is no model that can be loaded: {error}") from error
+
+
+def _write(path: Path | None, write: Callable[[Path], None]) -> None:
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path)
+
+
+def _show(as_json: bool, data: dict[str, Any], table: Callable[[], Table]) -> None:
+    if as_json:
+        print(json.dumps(data, indent=1))
+    else:
+        Console().print(table())
+
+
+def _grid_table(grid: Grid) -> Table:
+    table = Table(title=f"{grid.metric} by layers and dimensions", caption=f"mean {grid.mean():.4f}")
+    table.add_column("layers", justify="right")
+    for dim in grid.dims:
+        table.add_column(str(dim), justify="right")
+    for layer, row in zip(grid.layers, grid.scores, strict=True):
+        table.add_row(str(layer), *(f"{score:.4f}" for score in row))
+    return table
+
+
+def _profile_table(profile: Profile) -> Table:
+    machine = ", ".join(
+        f"{value} {name}" if name == "threads" else str(value) for name, value in profile.machine.items()
+    )
+    table = Table(title="Encoding by layers", caption=f"{machine}; batches of {profile.batch_size}")
+    for name in ("layers", "texts/s", "one text, ms", "parameters, MB"):
+        table.add_column(name, justify="right")
+    columns = profile.layers, profile.texts_per_second, profile.latency_ms, profile.parameter_bytes
+    for layer, speed, latency, size in zip(*columns, strict=True):
+        table.add_row(str(layer), f"{speed:.0f}", f"{latency:.2f}", f"{size / 1e6:.1f}")
+    return table
+
+
+def _choice_table(choice: Choice) -> Table:
+    table = Table(title="Cells worth having", caption="→ the pick")
+    for name in ("", "layers", "dims", choice.metric, "one text, ms", "bytes/vector"):
+        table.add_column(name, justify="right")
+    for cell in choice.front:
+        mark = "→" if cell == choice.pick else ""
+        numbers = f"{cell.quality:.4f}", f"{cell.latency_ms:.2f}", str(cell.bytes_per_vector)
+        table.add_row(mark, str(cell.layer), str(cell.dim), *numbers, style="bold" if mark else None)
+    return table
+
+
+def _facts_table(output: str, facts: dict[str, Any]) -> Table:
+    table = Table(title=output)
+    for name in ("", "kept", "of"):
+        table.add_column(name, justify="right")
+    table.add_row("layers", str(facts["num_layers"]), str(facts["of_layers"]))
+    table.add_row("dimensions", str(facts["dim"]), str(facts["of_dims"]))
+    table.add_row("parameters", f"{facts['parameters']:,}", f"{facts['of_parameters']:,}")
+    return table

@@ -1,0 +1,155 @@
+"""What cutting layers and dims saves on this machine."""
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+
+from .truncate import find_layers, truncate_model
+
+DEFAULT_WORDS = 64
+DEFAULT_TEXTS = 128
+BYTES_PER_DIM = 4  # float32, as encode returns
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Measured costs by number of layers.
+
+    Args:
+        layers: numbers of layers kept.
+        texts_per_second: encoding batches, each.
+        latency_ms: of encoding one text alone, each; median.
+        parameter_bytes: of the cut model, each.
+        peak_bytes: most GPU memory that encoding took, each; None on a CPU.
+        bytes_per_dim: of a vector in an index.
+        batch_size: of the batches.
+        machine: where it was measured.
+    """
+
+    layers: list[int]
+    texts_per_second: list[float]
+    latency_ms: list[float]
+    parameter_bytes: list[int]
+    peak_bytes: list[int] | None
+    bytes_per_dim: int
+    batch_size: int
+    machine: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def write(self, path: str | Path) -> None:
+        """As JSON."""
+        Path(path).write_text(json.dumps(self.to_json(), indent=1), encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Profile":
+        """What :meth:`write` wrote. ValueError where it is no profile."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            return cls(**data)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is no profile: {error}") from error
+
+
+def profile(
+    model: SentenceTransformer,
+    texts: Sequence[str] | None = None,
+    *,
+    layers: Sequence[int] | None = None,
+    batch_size: int = 64,
+    repeats: int = 5,
+) -> Profile:
+    """Measure how fast the model encodes when it is cut to fewer layers.
+
+    Every round takes all numbers of layers in turn, so that what else happens on the machine meets all alike; the
+    figures are medians over the rounds, after one that is not counted.
+
+    Args:
+        model: it is left as it is.
+        texts: to encode; None: 128 of 64 words from its vocabulary.
+        layers: numbers of layers to keep; None: 0, where the architecture can be without, up to all.
+        batch_size: texts at a time.
+        repeats: rounds.
+
+    Returns:
+        The :class:`Profile`.
+
+    Raises:
+        ValueError: no texts, or numbers that are not positive; what :func:`m2d_ext.truncate_model` says.
+    """
+    if batch_size <= 0 or repeats <= 0:
+        raise ValueError(f"batch_size and repeats must be positive, got {batch_size} and {repeats}")
+    texts = _some_texts(model) if texts is None else list(texts)
+    if not texts:
+        raise ValueError("texts must hold at least one text, got none")
+    models = _cut_models(model, layers)
+    layers = list(models)
+    batches: dict[int, list[float]] = {number: [] for number in layers}
+    singles: dict[int, list[float]] = {number: [] for number in layers}
+    peaks: dict[int, int] = {}
+    is_cuda = model.device.type == "cuda"
+    for _ in range(repeats + 1):
+        for number, cut in models.items():
+            if is_cuda:
+                torch.cuda.reset_peak_memory_stats(model.device)
+            batches[number].append(_seconds(partial(cut.encode, texts, batch_size=batch_size)))
+            singles[number] += [_seconds(partial(cut.encode, text)) for text in texts[:8]]
+            if is_cuda:
+                peaks[number] = torch.cuda.max_memory_allocated(model.device)
+    return Profile(
+        layers=layers,
+        texts_per_second=[len(texts) / statistics.median(batches[number][1:]) for number in layers],
+        latency_ms=[1e3 * statistics.median(singles[number][len(texts[:8]) :]) for number in layers],
+        parameter_bytes=[sum(p.numel() * p.element_size() for p in cut.parameters()) for cut in models.values()],
+        peak_bytes=[peaks[number] for number in layers] if is_cuda else None,
+        bytes_per_dim=BYTES_PER_DIM,
+        batch_size=batch_size,
+        machine=_machine(model),
+    )
+
+
+def _cut_models(model: SentenceTransformer, layers: Sequence[int] | None) -> dict[int, SentenceTransformer]:
+    if layers is not None:
+        return {number: truncate_model(model, number).eval() for number in layers}
+    count = len(find_layers(model[0].auto_model)[1])
+    models = {number: truncate_model(model, number).eval() for number in range(1, count + 1)}
+    try:
+        return {0: truncate_model(model, 0).eval()} | models
+    except ValueError:
+        return models
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _some_texts(model: SentenceTransformer) -> list[str]:
+    words = sorted(word for word in model.tokenizer.get_vocab() if word.isalnum() and word.isascii())
+    generator = torch.Generator().manual_seed(0)
+    picks = torch.randint(len(words), (DEFAULT_TEXTS, DEFAULT_WORDS), generator=generator).tolist()
+    return [" ".join(words[i] for i in row) for row in picks]
+
+
+def _machine(model: SentenceTransformer) -> dict[str, Any]:
+    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else _cpu()
+    return {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,145 @@
+"""Which cell to deploy: the front is what nothing dominates, and the pick is on it."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from m2d_ext import inference
+from m2d_ext.inference import Cell, Grid, Profile, choose, plots, profile
+from tiny_models import HIDDEN, tiny_model
+
+
+def profile_of(latencies: list[float], layers: list[int] | None = None) -> Profile:
+    layers = list(range(len(latencies))) if layers is None else layers
+    count = len(latencies)
+    return Profile(layers, [1.0] * count, latencies, [1] * count, None, 4, 64, {"device": "none"})
+
+
+GRID = Grid(layers=[1, 2, 3], dims=[8, 4], scores=[[0.5, 0.4], [0.8, 0.79], [0.82, 0.6]], metric="ndcg")
+COSTS = profile_of([1.0, 2.0, 3.0], layers=[1, 2, 3])
+
+PICKS: list[tuple[dict[str, Any], tuple[int, int]]] = [
+    ({}, (3, 8)),
+    ({"max_latency": 2.5}, (2, 8)),
+    ({"max_bytes": 16}, (2, 4)),
+    ({"min_quality": 0.75}, (2, 4)),
+    ({"min_quality": 0.8}, (2, 8)),
+    ({"min_quality": "95%"}, (2, 4)),
+    ({"min_quality": "0.45"}, (1, 8)),
+    ({"min_quality": "45%", "max_bytes": 16}, (1, 4)),
+]
+
+
+@pytest.mark.parametrize(("limits", "cell"), PICKS)
+def test_the_pick(limits: dict[str, Any], cell: tuple[int, int]) -> None:
+    choice = choose(GRID, COSTS, **limits)
+    assert (choice.pick.layer, choice.pick.dim) == cell
+    assert {(c.layer, c.dim) for c in choice.front} == {(1, 4), (1, 8), (2, 4), (2, 8), (3, 8)}
+    assert choice.pick.bytes_per_vector == 4 * choice.pick.dim
+
+
+def test_lower_is_better() -> None:
+    grid = Grid([1, 2], [8], [[0.5], [0.1]], "mse", greater_is_better=False)
+    costs = profile_of([1.0, 2.0], layers=[1, 2])
+    assert choose(grid, costs).pick.layer == 2
+    assert choose(grid, costs, min_quality=0.6).pick.layer == 1
+    with pytest.raises(ValueError, match="min_quality must be a number where lower scores are better"):
+        choose(grid, costs, min_quality="98%")
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 5), min_size=3, max_size=3), min_size=1, max_size=4),
+    st.lists(st.integers(1, 3), min_size=4, max_size=4),
+    st.one_of(st.none(), st.integers(0, 5)),
+    st.one_of(st.none(), st.integers(1, 3)),
+    st.one_of(st.none(), st.sampled_from([4, 16, 64])),
+)
+def test_the_front_is_what_nothing_dominates(
+    scores: list[list[int]], latencies: list[int], quality: int | None, latency: int | None, size: int | None
+) -> None:
+    grid = Grid(list(range(len(scores))), [16, 4, 1], [list(map(float, row)) for row in scores], "score")
+    costs = profile_of([float(value) for value in latencies])
+    limits: dict[str, Any] = {"min_quality": quality, "max_latency": latency, "max_bytes": size}
+
+    def keeps(cell: Cell) -> bool:
+        return (
+            (quality is None or cell.quality >= quality)
+            and (latency is None or cell.latency_ms <= latency)
+            and (size is None or cell.bytes_per_vector <= size)
+        )
+
+    everything = choose(grid, costs)
+    if not any(map(keeps, everything.cells)):
+        with pytest.raises(ValueError, match="no cell has a"):
+            choose(grid, costs, **limits)
+        return
+    choice = choose(grid, costs, **limits)
+    good = [(cell.quality, -cell.latency_ms, -cell.bytes_per_vector) for cell in choice.cells]
+    for cell, own in zip(choice.cells, good, strict=True):
+        dominated = any(other != own and all(a >= b for a, b in zip(other, own, strict=True)) for other in good)
+        assert (cell in choice.front) != dominated
+    assert choice.front == everything.front
+    assert choice.pick in choice.front
+    assert keeps(choice.pick)
+    for cell in filter(keeps, choice.cells):
+        if quality is None:
+            assert cell.quality <= choice.pick.quality
+        else:
+            assert cell.latency_ms >= choice.pick.latency_ms
+
+
+def test_bad_limits() -> None:
+    with pytest.raises(
+        ValueError, match=r"no cell has a quality of at least 0.9000 and latency of at most 2 ms: .*0.82"
+    ):
+        choose(GRID, COSTS, min_quality=0.9, max_latency=2)
+    with pytest.raises(ValueError, match="min_quality must be a number or a share such as '98%', got 'most'"):
+        choose(GRID, COSTS, min_quality="most")
+    with pytest.raises(ValueError, match=r"profile must have the grid's layers \[1, 2, 3\], but lacks \[3\]"):
+        choose(GRID, profile_of([1.0, 2.0], layers=[1, 2]))
+
+
+def test_profile(tmp_path: Path) -> None:
+    model = tiny_model(num_layers=3)
+    found = profile(model, repeats=1, batch_size=16)
+    assert found.layers == [0, 1, 2, 3]
+    assert profile(tiny_model("modernbert"), ["w1"], repeats=1).layers == [1, 2, 3]
+    assert min(*found.texts_per_second, *found.latency_ms) > 0
+    layer = sum(p.numel() * p.element_size() for p in model[0].auto_model.encoder.layer[0].parameters())
+    assert [b - a for a, b in itertools.pairwise(found.parameter_bytes)] == [layer] * 3
+    assert found.bytes_per_dim * HIDDEN == model.encode("w1").nbytes
+    found.write(tmp_path / "profile.json")
+    assert Profile.read(tmp_path / "profile.json") == found
+    (tmp_path / "profile.json").write_text("{}")
+    with pytest.raises(ValueError, match="is no profile"):
+        Profile.read(tmp_path / "profile.json")
+    assert profile(model, ["w1 w2"], layers=[2], repeats=1).layers == [2]
+    with pytest.raises(ValueError, match="texts must hold at least one text"):
+        profile(model, [])
+    with pytest.raises(ValueError, match="batch_size and repeats must be positive, got 0 and 5"):
+        profile(model, batch_size=0)
+    with pytest.raises(ValueError, match="num_layers must be from 0 to 3"):
+        profile(model, layers=[4])
+
+
+def test_pictures(tmp_path: Path) -> None:
+    """That they are written and differ; what they look like, only eyes can tell."""
+    plots.heatmap(GRID, tmp_path / "one.png")
+    plots.heatmap(GRID, tmp_path / "two.png", before=GRID)
+    plots.curves(GRID, tmp_path / "curves.png")
+    plots.front(choose(GRID, COSTS), tmp_path / "front.png")
+    pictures = {path.read_bytes() for path in tmp_path.iterdir()}
+    assert len(pictures) == 4
+    assert all(picture.startswith(b"\x89PNG") and len(picture) > 5000 for picture in pictures)
+    with pytest.raises(ValueError, match="before must have the layers and dims of the grid"):
+        plots.heatmap(GRID, tmp_path / "x.png", before=Grid([1], [8], [[0.1]], "ndcg"))
+
+
+def test_public_names() -> None:
+    assert {"Grid", "GridEvaluator", "choose", "profile", "truncate_model"} <= set(inference.__all__)
