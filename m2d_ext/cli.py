@@ -1,4 +1,4 @@
-"""The command line: evaluate the grid of a model, profile it, choose a cell, cut the model to it."""
+"""The command line: train a model, evaluate its grid, profile it, choose a cell, cut the model to it."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ from typing import Annotated, Any, NoReturn
 from sentence_transformers import SentenceTransformer
 from transformers.utils import logging
 
-from . import inference
+from . import inference, training
 from .inference import Choice, Grid, GridEvaluator, Profile, plots, truncate_model
 
 try:
@@ -34,6 +34,80 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON alone.")]
 
 class Refusal(Exception):
     """Bad input: one line, and exit code 2."""
+
+
+@app.command(
+    epilog="Example: m2d train sentence-transformers/all-MiniLM-L6-v2 outputs/model --data pairs.tsv --eval sts.tsv"
+)
+def train(
+    model: Model,
+    output: Annotated[Path, typer.Argument(help="The folder of the trained model.", show_default=False)],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Rows with the columns anchor and positive, perhaps negative: .tsv, .csv or .jsonl, perhaps .gz, or "
+            "a dataset's name.",
+            show_default=False,
+        ),
+    ],
+    evaluate: Annotated[
+        str | None, typer.Option("--eval", help="Rows to score the grid on before and after, as for m2d grid.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Of a named dataset.")] = "train",
+    dims: Annotated[str | None, typer.Option(help="As 384,128. [the model's and its halves]")] = None,
+    layers_per_step: Annotated[int, typer.Option(help="Earlier layers drawn per step; -1 for all.")] = -1,
+    dims_per_step: Annotated[int, typer.Option(help="Dims drawn per step; -1 for all.")] = -1,
+    epochs: Annotated[float, typer.Option(min=0)] = 1.0,
+    steps: Annotated[int | None, typer.Option(min=1, help="In place of epochs.")] = None,
+    batch_size: Annotated[int, typer.Option(min=2)] = 64,
+    mini_batch_size: Annotated[int | None, typer.Option(help="Embed so many texts at a time: less memory.")] = None,
+    lr: Annotated[float, typer.Option(help="At the end of the warmup.")] = 5e-5,
+    warmup_ratio: Annotated[float, typer.Option(min=0, max=1)] = 0.1,
+    max_length: Annotated[int | None, typer.Option(help="Tokens per text. [the model's]")] = None,
+    final_norm: Annotated[str, typer.Option(help="apply: train what a pre-norm model serves when cut.")] = "skip",
+    kl_target: Annotated[str, typer.Option(help="features or scores.")] = "features",
+    seed: int = 0,
+    heatmap: Annotated[Path | None, typer.Option(help="Draw the grids before and after.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train all layers × all dims of MODEL on pairs or triplets."""
+    rows = _read_rows(data, split)
+    tests = None if evaluate is None else _read_rows(evaluate, "test")
+    widths = _numbers("--dims", dims)
+    loaded = _load(model)
+    evaluator = None if tests is None else GridEvaluator(tests, dims=widths, show_progress_bar=False)
+    before = None if evaluator is None else evaluator.grid(loaded)
+    loss = training.train(
+        loaded,
+        rows,
+        output,
+        dims=widths,
+        epochs=epochs,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=lr,
+        warmup_ratio=warmup_ratio,
+        max_length=max_length,
+        seed=seed,
+        show_progress=not as_json,
+        n_layers_per_step=layers_per_step,
+        n_dims_per_step=dims_per_step,
+        mini_batch_size=mini_batch_size,
+        final_norm=final_norm,
+        kl_target=kl_target,
+    )
+    after = None if evaluator is None else evaluator.grid(loaded)
+    if after is not None:
+        _write(heatmap, lambda path: plots.heatmap(after, path, before))
+    facts: dict[str, Any] = {"output": str(output), "training_loss": loss}
+    grids = {name: grid.to_json() for name, grid in (("before", before), ("after", after)) if grid is not None}
+    if as_json:
+        print(json.dumps(facts | grids, indent=1))
+        return
+    for title, grid in (("before", before), ("after", after)):
+        if grid is not None:
+            Console().print(_grid_table(grid, f"{title}: "))
+    Console().print(f"mean loss {loss:.4f}; model in {output}")
 
 
 @app.command(
@@ -233,8 +307,8 @@ def _show(as_json: bool, data: dict[str, Any], table: Callable[[], Table]) -> No
         Console().print(table())
 
 
-def _grid_table(grid: Grid) -> Table:
-    table = Table(title=f"{grid.metric} by layers and dimensions", caption=f"mean {grid.mean():.4f}")
+def _grid_table(grid: Grid, title: str = "") -> Table:
+    table = Table(title=f"{title}{grid.metric} by layers and dimensions", caption=f"mean {grid.mean():.4f}")
     table.add_column("layers", justify="right")
     for dim in grid.dims:
         table.add_column(str(dim), justify="right")

@@ -118,6 +118,32 @@ def test_from_grid_to_cut_model(run: Run, model: Path, data: Path, tmp_path: Pat
     assert "dimensions" in out
 
 
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pairs") / "pairs.tsv"
+    lines = ["anchor\tpositive\tnegative", *(f"w{i} w{i + 1}\tw{i + 2}\tw{i + 3} w1" for i in range(24))]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_train(run: Run, model: Path, data: Path, pairs: Path, tmp_path: Path) -> None:
+    options = ["--data", pairs, "--eval", data, "--steps", 3, "--batch-size", 8, "--lr", 0.01, "--dims", "32,8"]
+    code, out, _ = run("train", model, tmp_path / "one", *options, "--heatmap", tmp_path / "grids.png", "--json")
+    assert code == 0
+    facts = json.loads(out)
+    before, after = (Grid.from_json(facts[name]) for name in ("before", "after"))
+    assert before != after
+    assert (tmp_path / "grids.png").stat().st_size > 5000
+    code, out, _ = run("grid", tmp_path / "one", "--data", data, "--dims", "32,8", "--json")
+    assert Grid.from_json(json.loads(out)).scores == after.scores
+    # The same again, and with gradient caching, which changes nothing but the memory.
+    _, out, _ = run("train", model, tmp_path / "two", *options, "--mini-batch-size", 3, "--json")
+    assert json.loads(out)["training_loss"] == pytest.approx(facts["training_loss"], rel=1e-4)
+    code, out, _ = run("train", model, tmp_path / "three", *options)
+    assert code == 0
+    assert f"{after.score(3, 8):.4f}" in out
+
+
 def test_choose_profiles_a_model(run: Run, model: Path, data: Path, tmp_path: Path) -> None:
     assert run("grid", model, "--data", data, "--layers", "3", "--output", tmp_path / "grid.json")[0] == 0
     code, out, _ = run("choose", tmp_path / "grid.json", "--model", model, "--json")
@@ -125,7 +151,7 @@ def test_choose_profiles_a_model(run: Run, model: Path, data: Path, tmp_path: Pa
     assert json.loads(out)["pick"]["layer"] == 3
 
 
-@pytest.mark.parametrize("command", ["grid", "profile", "choose", "cut"])
+@pytest.mark.parametrize("command", ["train", "grid", "profile", "choose", "cut"])
 def test_help_shows_an_example(run: Run, command: str) -> None:
     code, out, _ = run(command, "--help")
     assert code == 0
@@ -151,6 +177,10 @@ BAD: list[tuple[list[str], str]] = [
     (["choose", "TMP/columns.tsv", "--profile", "TMP/columns.tsv"], "is no grid"),
     (["choose", "TMP/columns.tsv"], "give one of --profile and --model"),
     (["profile", "MODEL", "--layers", "5"], "num_layers must be from 0 to 3 for this model, got 5"),
+    (["train", "MODEL", "TMP/out", "--data", "DATA"], "must have the columns anchor and positive, got sentence1"),
+    (["train", "MODEL", "TMP/out", "--data", "PAIRS"], "must hold at least a batch of 64 rows, got 24"),
+    (["train", "MODEL", "TMP/out", "--data", "PAIRS", "--kl-target", "x", "--batch-size", "4"], "kl_target must be"),
+    (["train", "MODEL", "TMP/out"], "Missing option '--data'"),
     (["frobnicate"], "No such command 'frobnicate'"),
 ]
 
@@ -159,12 +189,12 @@ BAD: list[tuple[list[str], str]] = [
     ("arguments", "message"), BAD, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
 )
 def test_bad_input_is_one_line(
-    run: Run, model: Path, data: Path, tmp_path: Path, arguments: list[str], message: str
+    run: Run, model: Path, data: Path, pairs: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     (tmp_path / "empty.tsv").write_text("sentence1\tsentence2\tscore\n")
     (tmp_path / "columns.tsv").write_text("text\tcolor\nw1\tred\n")
     (tmp_path / "pairs.txt").write_text("w1")
-    places: dict[str, Any] = {"MODEL": model, "DATA": data, "TMP": tmp_path}
+    places: dict[str, Any] = {"MODEL": model, "DATA": data, "PAIRS": pairs, "TMP": tmp_path}
 
     def filled(text: str) -> str:
         return re.sub("|".join(places), lambda match: str(places[match[0]]), text)
