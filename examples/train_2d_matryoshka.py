@@ -34,19 +34,16 @@ from pathlib import Path
 import torch
 from datasets import Dataset, load_dataset
 from rich.console import Console
-from sentence_transformers import (
-    SentenceTransformer,
-    SentenceTransformerTrainer,
-    SentenceTransformerTrainingArguments,
-)
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer import losses
-from sentence_transformers.sentence_transformer.training_args import BatchSamplers
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, set_seed
 
 import docstring_pairs
+import m2d_ext
 from layer_dim_grid import print_table, retrieval_grid, save_heatmap
+from m2d_ext.training import fit
 
 BUNDLED_MODEL = "all-MiniLM-L6-v2"
 HELD_OUT_AT_MOST = 0.2  # of --pairs and --dataset, which have no packages to split by
@@ -230,14 +227,7 @@ def choose_dims(model: SentenceTransformer, requested: list[int] | None) -> list
 
 def build_loss(model: SentenceTransformer, dims: list[int], args: argparse.Namespace) -> torch.nn.Module:
     """The one part to copy: a base loss, wrapped to train all layers and all dimensions in each step."""
-    if args.loss == "m2d":
-        try:
-            import m2d_ext
-        except ImportError as error:
-            raise InputError(f"{first_line(error)}; install m2d_ext, or compare with --loss st") from error
-        loss_class = m2d_ext.Matryoshka2dLoss
-    else:
-        loss_class = losses.Matryoshka2dLoss
+    loss_class = m2d_ext.Matryoshka2dLoss if args.loss == "m2d" else losses.Matryoshka2dLoss
     return loss_class(
         model,
         losses.MultipleNegativesRankingLoss(model),
@@ -271,29 +261,18 @@ def train(
     model: SentenceTransformer, loss: torch.nn.Module, columns: dict[str, list[str]], args: argparse.Namespace
 ) -> StepTimer:
     timer = StepTimer()
-    trainer = SentenceTransformerTrainer(
-        model=model,
-        args=SentenceTransformerTrainingArguments(
-            output_dir=str(args.output),
-            max_steps=args.steps,
-            per_device_train_batch_size=args.batch_size,
-            learning_rate=args.lr,
-            warmup_steps=round(WARM_UP_SHARE * args.steps),
-            lr_scheduler_type="linear",
-            seed=args.seed,
-            # An anchor's own positive must not come back in the batch as a negative.
-            batch_sampler=BatchSamplers.NO_DUPLICATES,
-            dataloader_drop_last=True,
-            dataloader_pin_memory=torch.cuda.is_available(),
-            logging_steps=max(1, args.steps // 10),
-            save_strategy="no",
-            report_to="none",
-        ),
-        train_dataset=Dataset.from_dict(columns),
-        loss=loss,
+    fit(
+        model,
+        loss,
+        Dataset.from_dict(columns),
+        args.output,
+        steps=args.steps,
+        batch_size=args.batch_size,
+        learning_rate=args.lr,
+        warmup_ratio=WARM_UP_SHARE,
+        seed=args.seed,
         callbacks=[timer],
     )
-    trainer.train()
     return timer
 
 

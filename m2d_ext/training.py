@@ -1,5 +1,6 @@
 """Train a 2D Matryoshka model on pairs or triplets, as ``m2d train`` does."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from sentence_transformers import (
 )
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.training_args import BatchSamplers
-from transformers import PrinterCallback
+from torch import nn
+from transformers import PrinterCallback, TrainerCallback
 
 from .inference.evaluator import default_dims
 from .losses import Matryoshka2dLoss
@@ -69,6 +71,57 @@ def train(
     loss = Matryoshka2dLoss(
         model, MultipleNegativesRankingLoss(model), dims or default_dims(width), **(every | options)
     )
+    mean = fit(
+        model,
+        loss,
+        data.select_columns(columns),
+        output,
+        epochs=epochs,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        warmup_ratio=warmup_ratio,
+        seed=seed,
+        show_progress=show_progress,
+    )
+    model.save_pretrained(str(output))
+    return mean
+
+
+def fit(
+    model: SentenceTransformer,
+    loss: nn.Module,
+    data: Any,
+    output: str | Path,
+    *,
+    epochs: float = 1.0,
+    steps: int | None = None,
+    batch_size: int = 64,
+    learning_rate: float = 5e-5,
+    warmup_ratio: float = 0.1,
+    seed: int = 0,
+    show_progress: bool = True,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> float:
+    """:func:`train` with any loss, and without saving.
+
+    Args:
+        model: as there.
+        loss: of the model.
+        data: a ``datasets.Dataset`` of the loss's columns.
+        output: the Trainer's own folder.
+        epochs: as there, and so are the next six.
+        steps: as there.
+        batch_size: as there.
+        learning_rate: as there.
+        warmup_ratio: as there.
+        seed: as there.
+        show_progress: as there.
+        callbacks: of the Trainer.
+
+    Returns:
+        The mean training loss.
+    """
     total = steps if steps is not None else round(epochs * (len(data) // batch_size))
     trainer = SentenceTransformerTrainer(
         model=model,
@@ -80,21 +133,21 @@ def train(
             learning_rate=learning_rate,
             warmup_steps=round(warmup_ratio * total),
             lr_scheduler_type="linear",
+            # An anchor's own positive must not come back in the batch as a negative.
             batch_sampler=BatchSamplers.NO_DUPLICATES,
             dataloader_drop_last=True,
+            dataloader_pin_memory=model.device.type == "cuda",
             logging_steps=max(1, total // 10),
             save_strategy="no",
             report_to="none",
             seed=seed,
             disable_tqdm=not show_progress,
             use_cpu=model.device.type == "cpu",
-            dataloader_pin_memory=model.device.type == "cuda",
         ),
-        train_dataset=data.select_columns(columns),
+        train_dataset=data,
         loss=loss,
+        callbacks=list(callbacks),
     )
     if not show_progress:
         trainer.remove_callback(PrinterCallback)  # which takes the bar's place
-    result = trainer.train()
-    model.save_pretrained(str(output))
-    return float(result.training_loss)
+    return float(trainer.train().training_loss)
