@@ -163,6 +163,7 @@ class Task:
         options: the loss's.
         library: "m2d" or "st".
         cached_base: mini_batch_size of a CachedMultipleNegativesRankingLoss in place of the usual base loss.
+        guided: whether the base loss is a GISTEmbedLoss, whose guide is another model.
         base: the base loss's options.
         gather: whether candidates come from all processes.
         widths: words per text of each column of each process; None: drawn.
@@ -183,6 +184,7 @@ class Task:
     options: dict[str, Any] = field(default_factory=dict)
     library: str = "m2d"
     cached_base: int | None = None
+    guided: bool = False
     base: dict[str, Any] = field(default_factory=dict)
     gather: bool = True
     widths: tuple[tuple[int, ...], ...] | None = None
@@ -255,7 +257,10 @@ def drawn_weight(_: int) -> float:
 
 def make_loss(task: Task, model: SentenceTransformer, gather: bool) -> nn.Module:
     library: Any = m2d_ext if task.library == "m2d" else st_losses
-    if task.cached_base is None:
+    if task.guided:
+        guide = tiny_model("mpnet").to(task.dtype)
+        base: nn.Module = st_losses.GISTEmbedLoss(model, guide, gather_across_devices=gather, **task.base)
+    elif task.cached_base is None:
         base = st_losses.MultipleNegativesRankingLoss(model, gather_across_devices=gather, **task.base)
     else:
         base = st_losses.CachedMultipleNegativesRankingLoss(

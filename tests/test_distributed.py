@@ -264,6 +264,20 @@ def test_equal_to_sentence_transformers(run: Run, loss: str, ddp: dict[str, Any]
         assert one.losses == pytest.approx(other.losses, rel=TOLERANCE)
 
 
+@pytest.mark.parametrize(
+    "base", [{}, {"margin_strategy": "relative", "margin": 0.1, "contrast_anchors": False}], ids=str
+)
+@pytest.mark.parametrize("columns", [2, 3])
+def test_guided_equal_to_sentence_transformers(run: Run, columns: int, base: dict[str, Any]) -> None:
+    """One more collective, for the guide's embeddings."""
+    task = Task((3, 3), columns, guided=True, base=base)
+    found, expected = trained(run, task), trained(run, dataclasses.replace(task, library="st"))
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one.grads, other.grads)
+        assert one.losses == pytest.approx(other.losses, rel=TOLERANCE)
+        assert len(one.collectives) <= 5 < len(other.collectives)
+
+
 def test_equal_to_sentence_transformers_drawn(run: Run) -> None:
     """Which draws in each process by itself: the same only from the same seed."""
     task = Task((3, 3), options=DRAWN, ddp=UNUSED, steps=4)

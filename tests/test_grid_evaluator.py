@@ -122,6 +122,11 @@ def test_metrics_and_the_primary_one(tmp_path: Path) -> None:
         metrics = evaluator(model, output_path=str(tmp_path))
         assert evaluator.primary_metric == expected
         assert expected in metrics
+    assert not list(tmp_path.glob("*.png"))
+    m2d_ext.GridEvaluator(EVALUATORS["similarity"](), dims=DIMS, write_plots=True)(
+        model, output_path=str(tmp_path / "p")
+    )
+    assert {path.name for path in tmp_path.glob("p/*.png")} == {"grid_heatmap_sts.png", "grid_curves_sts.png"}
     grid = evaluator.grid(model)
     assert len(metrics) == (LAYERS + 1) * len(DIMS) + 1
     assert metrics["sts_grid_mean_spearman_cosine"] == pytest.approx(grid.mean())

@@ -20,6 +20,7 @@ from sentence_transformers.sentence_transformer.evaluation import (
 from sentence_transformers.util import quantize_embeddings
 from torch import Tensor
 
+from . import plots
 from .encode import AllLayers
 from .grid import Grid
 
@@ -53,6 +54,7 @@ class GridEvaluator(BaseEvaluator):
         show_progress_bar: over the batches; None: as the evaluator says.
         name: of the data, in front of the metrics; None: the evaluator's.
         write_csv: whether to write ``grid_evaluation_<name>.csv`` where a call has an output path.
+        write_plots: whether to draw ``grid_heatmap_<name>.png`` and ``grid_curves_<name>.png`` there, anew each time.
 
     Raises:
         TypeError: neither an evaluator nor rows.
@@ -73,6 +75,7 @@ class GridEvaluator(BaseEvaluator):
         show_progress_bar: bool | None = None,
         name: str | None = None,
         write_csv: bool = True,
+        write_plots: bool = False,
     ) -> None:
         super().__init__()
         is_evaluator = isinstance(evaluator_or_data, BaseEvaluator)
@@ -92,7 +95,8 @@ class GridEvaluator(BaseEvaluator):
         self.final_norm = final_norm
         self.name = str(getattr(self.evaluator, "name", "") or "") if name is None else name
         self.write_csv = write_csv
-        self.csv_file = f"grid_evaluation{'_' + self.name if self.name else ''}.csv"
+        self.write_plots = write_plots
+        self.csv_file = self._file("evaluation", "csv")
         self._encoding = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
 
     def __call__(
@@ -110,6 +114,7 @@ class GridEvaluator(BaseEvaluator):
             ``[name_]layer_{l}_dim_{d}_{metric}`` for each cell, and ``[name_]grid_mean_{metric}``.
 
         Raises:
+            ImportError: plots without matplotlib.
             ValueError: layers or dims that the model does not have, an unknown metric, a pipeline of other modules.
         """
         grid = self.grid(model)
@@ -124,6 +129,10 @@ class GridEvaluator(BaseEvaluator):
         logger.info("%s: mean of the grid %.4f", self.name or "grid", grid.mean())
         if output_path is not None and self.write_csv:
             self._append_csv(Path(output_path), grid, epoch, steps)
+        if output_path is not None and self.write_plots:
+            Path(output_path).mkdir(parents=True, exist_ok=True)
+            plots.heatmap(grid, Path(output_path, self._file("heatmap", "png")))
+            plots.curves(grid, Path(output_path, self._file("curves", "png")))
         metrics = self.prefix_name_to_metrics(metrics, self.name)
         self.store_metrics_in_model_card_data(model, metrics, epoch, steps)
         return metrics
@@ -173,6 +182,9 @@ class GridEvaluator(BaseEvaluator):
         layer, dim = (max(grid.layers), max(grid.dims)) if self.primary == "last" else self.primary
         grid.score(layer, dim)
         return f"layer_{layer}_dim_{dim}_{grid.metric}"
+
+    def _file(self, what: str, kind: str) -> str:
+        return f"grid_{what}{'_' + self.name if self.name else ''}.{kind}"
 
     def _append_csv(self, folder: Path, grid: Grid, epoch: int, steps: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -306,26 +306,31 @@ def _distill(loss: Any, rows: Rows) -> Tensor:
 # -- guided and regularised: gist_embed.py, global_orthogonal_regularization.py --
 
 
-def _gist_refusal(loss: Any, *_: Any) -> str | None:
-    return "gathers across devices" if loss.gather_across_devices else None
+def _gist_refusal(*_: Any) -> None:
+    return None
 
 
 def _gist(loss: Any, rows: Rows) -> Tensor:
     if len(rows.columns) not in (2, 3):
         raise ValueError(f"Expected 2 or 3 embeddings, got {len(rows.columns)}")
-    anchor, positive, *negatives = rows.columns
-    guide_anchor, guide_positive, *guide_negatives = _guide(loss, rows.features)
-    guided = loss.sim_matrix(guide_anchor, guide_positive)
-    bound = guided.diagonal().view(-1, 1)
+    anchor, positive = rows.columns[:2]
+    positives, *negatives = rows.gathered[1:]
+    guides = _guide(loss, rows.features)
+    guide_anchor, guide_positive = guides[:2]
+    gathered_guides = rows.gather(torch.cat(guides)[None])[0].chunk(len(guides))
+    guide_positives, *guide_negatives = gathered_guides[1:]
+    guided = loss.sim_matrix(guide_anchor, guide_positives)
+    bound = guided[rows.own][:, None]
     bound = bound - (loss.margin if loss.margin_strategy == "absolute" else bound.abs() * loss.margin)
-    blocks = [rows.cosines(anchor, positive).masked_fill((guided > bound) & ~rows.own, -torch.inf)]
+    blocks = [rows.cosines(anchor, positives).masked_fill((guided > bound) & ~rows.own, -torch.inf)]
     wanted = [(anchor, anchor, guide_anchor, guide_anchor)] if loss.contrast_anchors else []
-    wanted += [(positive, positive, guide_positive, guide_positive)] if loss.contrast_positives else []
+    wanted += [(positive, positives, guide_positive, guide_positives)] if loss.contrast_positives else []
     wanted += [(anchor, rows_, guide_anchor, guide) for rows_, guide in zip(negatives, guide_negatives, strict=True)]
     for a, b, guide_a, guide_b in wanted:
         blocks.append(rows.cosines(a, b).masked_fill(loss.sim_matrix(guide_a, guide_b) > bound, -torch.inf))
     scores = torch.cat(blocks, dim=-1) / loss.temperature
-    return (scores.logsumexp(-1) - scores.diagonal(dim1=-2, dim2=-1)).mean(-1)
+    targets = blocks[0].masked_select(rows.own).unflatten(0, (*scores.shape[:2], -1)) / loss.temperature
+    return (scores.logsumexp(-1) - targets).mean(-1)
 
 
 @torch.no_grad()

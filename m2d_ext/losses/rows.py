@@ -25,6 +25,7 @@ class Rows:
         dims: K ascending, distinct prefix lengths.
         features: what the columns were embedded from.
         labels: those of the batch.
+        gather: from this process's (L, C * B, D), of whatever model, to all processes', (L, C * M, D), detached.
         false_negative_margin: candidates that the final layer finds more similar to the anchor than the positive, by
             more than this, are no negatives; None: all are.
     """
@@ -35,6 +36,7 @@ class Rows:
     dims: Sequence[int]
     features: list[Features]
     labels: Any
+    gather: Callable[[Tensor], Tensor]
     false_negative_margin: float | None = None
 
     def cosines(self, a: Tensor, b: Tensor) -> Tensor:

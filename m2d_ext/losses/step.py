@@ -204,8 +204,13 @@ class _Plan:
             dims=[cells.dims[k] for k in used],
             features=self._columns,
             labels=self._labels,
+            gather=self._gather_detached,
             false_negative_margin=self._step.false_negative_margin,
         )
+
+    def _gather_detached(self, rows: Tensor) -> Tensor:
+        with torch.no_grad():
+            return rows if self._batches is None else gather_rows(rows, self._batches)
 
     def _info_nce(self, pooled: Tensor, cells: Cells, rows: Rows | None = None) -> functional.LossAndCells:
         candidates, offset = None, 0
