@@ -33,6 +33,7 @@ import torch
 import deferred_providers
 import providers
 import step_providers
+from m2d_ext.inference.memory import PeakMemory
 from providers import Candidate
 from shapes import PADDINGS, Shape
 
@@ -172,33 +173,6 @@ class OtherWork:
         idle = machine.idle + getattr(machine, "iowait", 0.0)
         own = psutil.Process().cpu_times()
         return time.perf_counter(), sum(machine) - idle, own.user + own.system
-
-
-class PeakMemory:
-    """Growth of the resident set's peak (VmHWM), which the kernel is asked to forget at the start. Linux only.
-
-    Unlike torch's own counters it sees every byte that was touched, also what kernels and libraries allocate.
-    """
-
-    FORGET = Path("/proc/self/clear_refs")
-
-    def __init__(self) -> None:
-        self.FORGET.write_text("5")
-        self._start = self._status("VmRSS")
-
-    @classmethod
-    def is_available(cls) -> bool:
-        return os.access(cls.FORGET, os.W_OK)
-
-    def growth(self) -> int:
-        return self._status("VmHWM") - self._start
-
-    @staticmethod
-    def _status(key: str) -> int:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(f"{key}:"):
-                return int(line.split()[1]) * 1024
-        raise RuntimeError(f"this kernel does not report {key}")
 
 
 def peak_memory(candidate: Candidate, inputs: providers.Inputs) -> int:

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -322,11 +322,13 @@ def _profile_table(profile: Profile) -> Table:
         f"{value} {name}" if name == "threads" else str(value) for name, value in profile.machine.items()
     )
     table = Table(title="Encoding by layers", caption=f"{machine}; batches of {profile.batch_size}")
-    for name in ("layers", "texts/s", "one text, ms", "parameters, MB"):
+    for name in ("layers", "texts/s", "one text, ms", "parameters, MB", "peak, MB"):
         table.add_column(name, justify="right")
-    columns = profile.layers, profile.texts_per_second, profile.latency_ms, profile.parameter_bytes
-    for layer, speed, latency, size in zip(*columns, strict=True):
-        table.add_row(str(layer), f"{speed:.0f}", f"{latency:.2f}", f"{size / 1e6:.1f}")
+    peaks: Sequence[int | None] = profile.peak_bytes or [None] * len(profile.layers)
+    columns = profile.layers, profile.texts_per_second, profile.latency_ms, profile.parameter_bytes, peaks
+    for layer, speed, latency, size, peak in zip(*columns, strict=True):
+        memory = "-" if peak is None else f"{peak / 1e6:.0f}"
+        table.add_row(str(layer), f"{speed:.0f}", f"{latency:.2f}", f"{size / 1e6:.1f}", memory)
     return table
 
 

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from m2d_ext import inference
 from m2d_ext.inference import Cell, Grid, Profile, choose, plots, profile
+from m2d_ext.inference.memory import PeakMemory
 from tiny_models import HIDDEN, tiny_model
 
 
@@ -114,6 +116,12 @@ def test_profile(tmp_path: Path) -> None:
     layer = sum(p.numel() * p.element_size() for p in model[0].auto_model.encoder.layer[0].parameters())
     assert [b - a for a, b in itertools.pairwise(found.parameter_bytes)] == [layer] * 3
     assert found.bytes_per_dim * HIDDEN == model.encode("w1").nbytes
+    if PeakMemory.is_available():
+        assert found.peak_bytes is not None
+        assert len(found.peak_bytes) == 4
+        block = PeakMemory()
+        torch.ones(1 << 24)
+        assert block.growth() >= 0.9 * (1 << 26)  # pages that were resident already do not count
     found.write(tmp_path / "profile.json")
     assert Profile.read(tmp_path / "profile.json") == found
     (tmp_path / "profile.json").write_text("{}")

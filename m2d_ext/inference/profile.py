@@ -4,7 +4,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from sentence_transformers import SentenceTransformer
 
+from .memory import PeakMemory
 from .truncate import find_layers, truncate_model
 
 DEFAULT_WORDS = 64
@@ -29,7 +30,8 @@ class Profile:
         texts_per_second: encoding batches, each.
         latency_ms: of encoding one text alone, each; median.
         parameter_bytes: of the cut model, each.
-        peak_bytes: most GPU memory that encoding took, each; None on a CPU.
+        peak_bytes: most memory that encoding the texts took above the level before, each: of the GPU, or on Linux of
+            the process; None elsewhere.
         bytes_per_dim: of a vector in an index.
         batch_size: of the batches.
         machine: where it was measured.
@@ -96,22 +98,19 @@ def profile(
     layers = list(models)
     batches: dict[int, list[float]] = {number: [] for number in layers}
     singles: dict[int, list[float]] = {number: [] for number in layers}
-    peaks: dict[int, int] = {}
-    is_cuda = model.device.type == "cuda"
+    peaks: dict[int, list[int | None]] = {number: [] for number in layers}
     for _ in range(repeats + 1):
         for number, cut in models.items():
-            if is_cuda:
-                torch.cuda.reset_peak_memory_stats(model.device)
+            peak = _peak_of(model)
             batches[number].append(_seconds(partial(cut.encode, texts, batch_size=batch_size)))
+            peaks[number].append(peak())
             singles[number] += [_seconds(partial(cut.encode, text)) for text in texts[:8]]
-            if is_cuda:
-                peaks[number] = torch.cuda.max_memory_allocated(model.device)
     return Profile(
         layers=layers,
         texts_per_second=[len(texts) / statistics.median(batches[number][1:]) for number in layers],
         latency_ms=[1e3 * statistics.median(singles[number][len(texts[:8]) :]) for number in layers],
         parameter_bytes=[sum(p.numel() * p.element_size() for p in cut.parameters()) for cut in models.values()],
-        peak_bytes=[peaks[number] for number in layers] if is_cuda else None,
+        peak_bytes=_largest(peaks.values()),
         bytes_per_dim=BYTES_PER_DIM,
         batch_size=batch_size,
         machine=_machine(model),
@@ -127,6 +126,23 @@ def _cut_models(model: SentenceTransformer, layers: Sequence[int] | None) -> dic
         return {0: truncate_model(model, 0).eval()} | models
     except ValueError:
         return models
+
+
+def _peak_of(model: SentenceTransformer) -> Callable[[], int | None]:
+    """Starts to watch the memory; the result says how far it has risen since."""
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(model.device)
+        before = torch.cuda.memory_allocated(model.device)
+        return lambda: torch.cuda.max_memory_allocated(model.device) - before
+    if model.device.type == "cpu" and PeakMemory.is_available():
+        return PeakMemory().growth
+    return lambda: None
+
+
+def _largest(peaks: Iterable[Sequence[int | None]]) -> list[int] | None:
+    """Of each, without the round that is not counted; None where nothing could be measured."""
+    known = [[max(0, peak) for peak in each[1:] if peak is not None] for each in peaks]
+    return [max(each) for each in known] if all(known) else None
 
 
 def _seconds(work: Callable[[], Any]) -> float:
