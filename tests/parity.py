@@ -123,10 +123,10 @@ def compare(
     truth = run(theirs, model, features, dtype=torch.float64, **run_arguments)
     with recorded_fallbacks() as fallbacks:
         our_outcome = run(ours, model, features, dtype=dtype, **run_arguments)
-    return _judge(our_outcome, their_outcome, truth, tolerance, tuple(fallbacks))
+    return judge(our_outcome, their_outcome, truth, tolerance, tuple(fallbacks))
 
 
-def _judge(ours: Outcome, theirs: Outcome, truth: Outcome, tolerance: float, fallbacks: tuple[str, ...]) -> Comparison:
+def judge(ours: Outcome, theirs: Outcome, truth: Outcome, tolerance: float, fallbacks: tuple[str, ...]) -> Comparison:
     assert ours.random_state == theirs.random_state, "the random draws differ from sentence-transformers'"
     assert list(ours.gradients) == list(theirs.gradients), "the parameters of the losses have other names"
     assert ours.loss.shape == theirs.loss.shape

@@ -175,11 +175,11 @@ def user_warnings(function: Callable[[], Any]) -> list[tuple[str, str]]:
     return [(str(warning.message), Path(warning.filename).name) for warning in caught]
 
 
-def cached_symmetric_loss(model: SentenceTransformer) -> nn.Module:
-    return st_losses.CachedMultipleNegativesSymmetricRankingLoss(model)
+def mega_batch_loss(model: SentenceTransformer) -> nn.Module:
+    return st_losses.MegaBatchMarginLoss(model)
 
 
-@pytest.mark.parametrize("base", [base_loss, cached_symmetric_loss])
+@pytest.mark.parametrize("base", [base_loss, mega_batch_loss])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")
 def test_warning_about_gradient_caching(wrapper: str, base: Callable[[SentenceTransformer], nn.Module]) -> None:
@@ -189,7 +189,7 @@ def test_warning_about_gradient_caching(wrapper: str, base: Callable[[SentenceTr
     assert [text for text, _ in ours] == [text for text, _ in theirs]
     if wrapper == "AdaptiveLayerLoss":
         assert ours == theirs
-        assert len(ours) == (1 if base is cached_symmetric_loss else 0)
+        assert len(ours) == (1 if base is mega_batch_loss else 0)
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)

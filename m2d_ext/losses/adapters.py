@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from sentence_transformers.base.losses.gradcache import _create_minibatch, _minibatch_ranges
 from sentence_transformers.base.losses.merged_forward import embed_columns
 from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.util import (
@@ -336,6 +337,21 @@ def _gist(loss: Any, rows: Rows) -> Tensor:
 @torch.no_grad()
 def _guide(loss: Any, features: Sequence[Features]) -> list[Tensor]:
     """The guide's embeddings of the columns; all cells share them."""
+    if not isinstance(loss, losses.CachedGISTEmbedLoss):
+        return _guide_at_once(loss, features)
+    sizes = (loss.mini_batch_size, loss.mini_batch_num_tokens)
+    return [
+        torch.cat(
+            [
+                _guide_at_once(loss, [_create_minibatch(column, begin, end)])[0]
+                for begin, end in _minibatch_ranges(column, *sizes)
+            ]
+        )
+        for column in features
+    ]
+
+
+def _guide_at_once(loss: Any, features: Sequence[Features]) -> list[Tensor]:
     columns = [dict(column) for column in features]
     if loss.must_retokenize:
         texts = [loss.tokenizer.batch_decode(_texts_of(column), skip_special_tokens=True) for column in columns]
@@ -379,5 +395,6 @@ ADAPTERS = {
     losses.MSELoss: Adapter(_distill, _distill_refusal),
     losses.EmbedDistillLoss: Adapter(_distill, _distill_refusal),
     losses.GISTEmbedLoss: Adapter(_gist, _gist_refusal),
+    losses.CachedGISTEmbedLoss: Adapter(_gist, _gist_refusal),
     losses.GlobalOrthogonalRegularizationLoss: Adapter(_orthogonal, _orthogonal_refusal),
 }

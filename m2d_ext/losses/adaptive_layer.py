@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..architecture import final_norm as find_final_norm
 from . import fallback, pipeline
-from .cached import choose_caching, read_caching
+from .cached import choose_caching, read_caching, uncached
 from .embed import Features, merged_alike, transforms_rows
 from .gather import Draw, Drawn, is_distributed
 from .matryoshka import MatryoshkaLoss, check_fusable, check_uncached, say_fallback
@@ -61,7 +61,7 @@ class AdaptiveLayerLoss(nn.Module):
         deferred: whether the earlier layers' gradients are added where autograd brings those layers' own, which takes
             less memory and time for the same values; wherever that cannot be, they are dense all the same.
         mini_batch_size: embed so many texts of a column at a time, twice, and keep the activations of no more
-            (gradient caching). None: the whole batch at once, or as a ``CachedMultipleNegativesRankingLoss`` says.
+            (gradient caching). None: the whole batch at once, or as a ``Cached…`` base loss says.
         mini_batch_num_tokens: as many texts at a time as have so many tokens, padding apart, in place of that.
         show_progress_bar: whether to show one over the mini-batches.
 
@@ -219,7 +219,7 @@ class AdaptiveLayerLoss(nn.Module):
         step = Step(
             wrapper=self.model,
             model=model,
-            loss=pipeline.ranking_loss(self._base_loss()),
+            loss=uncached(self._base_loss()),
             normalize=pipeline.is_normalized(model) and not transforms_rows(model),
             draw=self._draw,
             cells=self._cells,

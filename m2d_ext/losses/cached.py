@@ -16,11 +16,22 @@ from typing import Any, NamedTuple
 import torch
 import tqdm
 from sentence_transformers.base.losses.gradcache import RandContext, _create_minibatch, _minibatch_ranges
-from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.losses import (
+    CachedGISTEmbedLoss,
+    CachedMultipleNegativesRankingLoss,
+    CachedMultipleNegativesSymmetricRankingLoss,
+)
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .embed import Features, embed_rows, select_layers
+
+# Base losses that cache gradients by themselves, of one layer and dim; they are taken as a wish for the caching here.
+CACHING_LOSSES = (
+    CachedMultipleNegativesRankingLoss,
+    CachedMultipleNegativesSymmetricRankingLoss,
+    CachedGISTEmbedLoss,
+)
 
 
 class Caching(NamedTuple):
@@ -52,6 +63,11 @@ def read_caching(
     return Caching(mini_batch_size, mini_batch_num_tokens, show_progress_bar)
 
 
+def uncached(loss: Any) -> Any:
+    """The loss that one with gradient caching computes over the whole batch; any other loss itself."""
+    return getattr(loss, "loss", loss) if type(loss) in CACHING_LOSSES else loss
+
+
 def choose_caching(own: Caching | None, loss: Any) -> Caching | None:
     """The options of a loss itself, or of the loss that it wraps.
 
@@ -59,7 +75,7 @@ def choose_caching(own: Caching | None, loss: Any) -> Caching | None:
         ValueError: both have some.
     """
     inner = getattr(loss, "_caching", None)
-    if type(loss) is CachedMultipleNegativesRankingLoss:
+    if type(loss) in CACHING_LOSSES:
         inner = Caching(loss.mini_batch_size, loss.mini_batch_num_tokens, loss.show_progress_bar)
     if own is not None and inner is not None:
         raise ValueError(

@@ -10,10 +10,10 @@ from sentence_transformers.base.losses.gradcache import uses_gradient_cache
 from torch import Tensor, nn
 
 from . import fallback, pipeline
-from .cached import Caching, choose_caching, read_caching
+from .cached import Caching, choose_caching, read_caching, uncached
 from .embed import Features, merged_candidates, transforms_rows
 from .gather import Draw, Drawn
-from .recipe import margin_config, read_margin
+from .recipe import check_base_loss, margin_config, read_margin
 from .step import Cells, Step
 
 logger = logging.getLogger("m2d_ext")
@@ -64,14 +64,15 @@ class MatryoshkaLoss(nn.Module):
             this, at full width and in every dim alike: they may be unlabelled positives. Zhang et al., "Qwen3
             Embedding", arXiv:2506.05176, take 0.1.
         mini_batch_size: embed so many texts of a column at a time, twice, and keep the activations of no more
-            (gradient caching). None: the whole batch at once, or as a ``CachedMultipleNegativesRankingLoss`` says.
+            (gradient caching). None: the whole batch at once, or as a ``Cached…`` base loss says.
         mini_batch_num_tokens: as many texts at a time as have so many tokens, padding apart, in place of that.
         show_progress_bar: whether to show one over the mini-batches.
 
     Raises:
         TypeError: a size of mini-batches is not an int; a margin is not a number.
         ValueError: no dims, dims <= 0 or above the model's, or weights of another length; a margin for a base loss
-            that ranks no candidates; a size of mini-batches that is not positive or given twice.
+            that ranks no candidates; a size of mini-batches that is not positive or given twice; a base loss that
+            has layers or dims of its own.
     """
 
     # Any, because the Trainer puts a wrapper in the model's place.
@@ -94,6 +95,7 @@ class MatryoshkaLoss(nn.Module):
         super().__init__()
         self.model = model
         self.loss = loss
+        check_base_loss(loss)
         if not matryoshka_dims:
             raise ValueError("You must provide at least one dimension in matryoshka_dims.")
         if any(dim <= 0 for dim in matryoshka_dims):
@@ -169,7 +171,7 @@ class MatryoshkaLoss(nn.Module):
         step = Step(
             wrapper=self.model,
             model=model,
-            loss=pipeline.ranking_loss(self.loss),
+            loss=uncached(self.loss),
             normalize=pipeline.is_normalized(model) and not transforms_rows(model),
             draw=lambda _: {0: Drawn(self.draw_dims(), 1.0)},
             cells=self._cells,

@@ -6,11 +6,11 @@ from typing import Any
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.model import BaseModel
 from sentence_transformers.base.modules import Transformer
-from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import Dense, LayerNorm, Normalize, Pooling
 from torch import nn
 
 from . import adapters, fallback
+from .cached import uncached
 from .embed import Features, is_packed
 
 # What only the reference loop reads from a batch.
@@ -29,11 +29,6 @@ def find_model(model: Any) -> Any:
             break
         model = inner
     return model
-
-
-def ranking_loss(loss: Any) -> Any:
-    """The loss that a gradient-caching one computes over the whole batch; any other loss itself."""
-    return loss.loss if type(loss) is CachedMultipleNegativesRankingLoss else loss
 
 
 def is_compiled(model: Any) -> bool:
@@ -66,7 +61,7 @@ def why_not_fused(
 
 def _why_not_loss(loss: Any, model: Any, labels: Any, normalized: bool) -> str | None:
     name = type(loss).__name__
-    caching, loss = loss, ranking_loss(loss)
+    caching, loss = loss, uncached(loss)
     teaches = fallback.are_embeddings(labels, model)
     reason = adapters.refusal(loss, normalized, teaches)
     if reason is not None:

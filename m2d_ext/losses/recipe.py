@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
 from . import adapters
+from .cached import uncached
 from .fallback import sample
-from .pipeline import ranking_loss
 
 LayerWeighting: TypeAlias = Literal["uniform", "log", "linear"] | Sequence[float] | Callable[[int], float]
 Pairs: TypeAlias = Sequence[tuple[int, int]]
@@ -92,12 +92,21 @@ def read_margin(margin: float | None, loss: Any) -> float | None:
         raise TypeError(f"false_negative_margin must be a number or None, got {type(margin).__name__}")
     if not math.isfinite(margin):
         raise ValueError(f"false_negative_margin must be finite, got {margin}")
-    if not adapters.is_ranking(ranking_loss(loss)):
+    if not adapters.is_ranking(uncached(loss)):
         raise ValueError(
             "false_negative_margin must be None for a base loss that ranks no in-batch candidates, "
             f"{type(loss).__name__}, got {margin}"
         )
     return float(margin)
+
+
+def check_base_loss(loss: Any) -> None:
+    """ValueError where the loss of one dim is itself one of layers or dims."""
+    if hasattr(loss, "matryoshka_dims") or hasattr(loss, "n_layers_per_step"):
+        raise ValueError(
+            f"loss must be of the embeddings as they are, got {type(loss).__name__}, which has layers or dims of its "
+            "own; for both together there is Matryoshka2dLoss, or AdaptiveLayerLoss around MatryoshkaLoss"
+        )
 
 
 def margin_config(margin: float | None) -> dict[str, float]:
