@@ -17,6 +17,7 @@ import torch
 from packaging.version import Version
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.model_card import get_losses
+from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer import losses as st_losses
 from torch import Tensor, nn
 
@@ -165,6 +166,18 @@ def test_first_module_must_be_a_transformer(wrapper: str) -> None:
         return build(library, wrapper, model)
 
     assert raised(lambda: make(OURS))[0] is raised(lambda: make(THEIRS))[0] is AssertionError
+
+
+@pytest.mark.parametrize("wrapper", ["AdaptiveLayerLoss", "Matryoshka2dLoss"])
+def test_model_without_token_embeddings(wrapper: str, tmp_path: Path) -> None:
+    """sentence-transformers would train the final layer under every layer's name."""
+    model = tiny_model()
+    model[0].auto_model.save_pretrained(tmp_path)
+    model.tokenizer.save_pretrained(tmp_path)
+    modalities = {"text": {"method": "forward", "method_output_name": "pooler_output"}}
+    transformer = Transformer(str(tmp_path), modality_config=modalities, module_output_name="sentence_embedding")
+    with pytest.raises(ValueError, match="model must have a Transformer that returns token embeddings"):
+        build(OURS, wrapper, SentenceTransformer(modules=[transformer]))
 
 
 def user_warnings(function: Callable[[], Any]) -> list[tuple[str, str]]:

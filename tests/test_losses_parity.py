@@ -39,7 +39,7 @@ from parity import (
     recorded_fallbacks,
     run,
 )
-from tiny_models import ARCHITECTURES, HIDDEN, features_of, sentence, tiny_model
+from tiny_models import ARCHITECTURES, CONFIGS, HIDDEN, MORE_CONFIGS, features_of, sentence, tiny_model
 
 pytestmark = pytest.mark.skipif(
     Version(sentence_transformers.__version__).release[:2] != (6, 2),
@@ -810,6 +810,23 @@ def test_poolings(pooling: str, wrapper: str, left_padding: bool, prompt_length:
         return [{**column, "prompt_length": prompt_length} for column in configuration.features(model)]
 
     check(wrapper, configuration, features=features_with_prompt)
+
+
+@pytest.mark.usefixtures("expect_fused")
+@pytest.mark.parametrize(
+    "pooling", ["mean", "cls", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens", ("mean", "cls")], ids=str
+)
+@pytest.mark.parametrize("architecture", sorted(CONFIGS | MORE_CONFIGS))
+def test_poolings_of_every_architecture(architecture: str, pooling: str | tuple[str, ...]) -> None:
+    width = HIDDEN if isinstance(pooling, str) else HIDDEN * len(pooling)
+    configuration = Configuration(
+        architecture=architecture,
+        lengths=THREE_COLUMNS,
+        arguments=ALL_CELLS | {"matryoshka_dims": [width, 16, 8]},
+        model_arguments={"pooling": pooling},
+    )
+    # In float64: a decoder pooled at its first token has many gradients that are exactly zero, and noise in float32.
+    check("Matryoshka2dLoss", configuration, dtype=torch.float64, tolerance=1e-10)
 
 
 @pytest.mark.usefixtures("expect_fused")

@@ -69,7 +69,8 @@ class AdaptiveLayerLoss(nn.Module):
         TypeError: a layer or a size of mini-batches is not an int; a margin is not a number.
         ValueError: an unknown ``layer_weighting``, ``kl_target`` or ``final_norm``; a margin for a base loss that
             ranks no candidates; ``layers`` empty, negative, repeated or with
-            ``n_layers_per_step``; a size of mini-batches that is not positive or given twice.
+            ``n_layers_per_step``; a size of mini-batches that is not positive or given twice; a model whose encoder
+            gives sentence embeddings by itself.
     """
 
     # Any, because the Trainer puts a wrapper in the model's place.
@@ -121,6 +122,7 @@ class AdaptiveLayerLoss(nn.Module):
         self._seen_states = (0, 0)
         self._seen_norm: tuple[int, nn.Module | None] = (0, None)
         assert isinstance(self.model[0], Transformer)
+        pipeline.check_layered(self.model[0])
         own = read_caching(mini_batch_size, mini_batch_num_tokens, show_progress_bar)
         self._caching = choose_caching(own, loss)
         if uses_gradient_cache(loss) and self._caching is None:
