@@ -41,12 +41,12 @@ def is_compiled(model: Any) -> bool:
 
 
 def check_layered(transformer: Any) -> None:
-    """ValueError where what a model pools is not the hidden states of a layer, so that every layer would be the last."""
+    """ValueError where a model does not pool a layer's hidden states, so that every layer would be the last."""
     output = getattr(transformer, "module_output_name", "token_embeddings")
     if output != "token_embeddings":
         raise ValueError(
-            f"model must have a Transformer that returns token embeddings, which a Pooling pools, got one that returns "
-            f"'{output}': its layers cannot be told apart; MatryoshkaLoss trains its dims"
+            "model must have a Transformer that returns token embeddings, which a Pooling pools, got one that "
+            f"returns '{output}': its layers cannot be told apart; MatryoshkaLoss trains its dims"
         )
 
 
