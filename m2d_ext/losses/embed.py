@@ -7,6 +7,8 @@ from functools import partial
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from sentence_transformers.base.losses.merged_forward import merge_feature_batches
 from sentence_transformers.sentence_transformer.modules import Normalize
 from torch import Tensor, nn
@@ -17,6 +19,9 @@ from ..pooling import packed_coefficients, padded_coefficients
 from ..reference import accumulate_dtype
 
 Features = dict[str, Any]
+
+# Whether an encoder can be asked for some of its hidden states.
+TAKES_LISTS_OF_STATES = Version(transformers.__version__) >= Version("5.23")
 
 # Columns share a call where padding them to one width adds at most so many tokens on the CPU: what a call costs beside
 # its tokens (benchmarks/merged_columns.py). On a GPU, where that is mostly launches, at most this share of tokens.
@@ -42,8 +47,10 @@ def replaced_forward(module: Any, forward: Any) -> Iterator[None]:
 def returned_states(model: Any, wanted: bool | list[int]) -> Iterator[None]:
     """Let the encoder return every layer's hidden states, or those of some, and leave its configuration as it was.
 
-    A list is what transformers takes from 5.23 on, with None in place of the others; before, it counts as True.
+    A list gives None in place of the others; before transformers 5.23, it gives all of them.
     """
+    if isinstance(wanted, list) and not TAKES_LISTS_OF_STATES:
+        wanted = True
     config = model[0].auto_model.config
     before = config.output_hidden_states
     try:
