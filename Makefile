@@ -17,12 +17,13 @@ CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name 
 FORMATTED := $(CSRC) $(shell find tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test loss-table bench fuzz sanitize cuda-link gpu-build gpu-check gpu-bench lint format clean
+.PHONY: help install demo test test-oldest loss-table bench fuzz sanitize cuda-link gpu-build gpu-check gpu-bench lint format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     train a small 2D Matryoshka model, offline (DEMO_ARGS='--steps 20' for less)"
 	@echo "make test     run the tests (TEST_ARGS='-k losses' for some)"
+	@echo "make test-oldest  with the oldest torch, transformers and sentence-transformers supported (downloads gigabytes)"
 	@echo "make bench    run the benchmarks"
 	@echo "make fuzz     2,500 random problems against float64"
 	@echo "make loss-table write docs/losses.md"
@@ -52,6 +53,19 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/pytest $(TEST_ARGS)
+
+# In an environment and a copy of their own. What the fused losses give here must come out there.
+OLDEST := build/oldest
+OLDEST_VERSIONS := 'torch==2.11.0' 'transformers==5.17.0' 'sentence-transformers==6.0.1'
+test-oldest: $(INSTALLED)
+	rm -rf $(OLDEST)/source && mkdir -p $(OLDEST)/source
+	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore tests/test_oldest_versions.py $(OLDEST)/outcomes.json
+	git ls-files -z | xargs -0 cp --parents -t $(OLDEST)/source
+	test -x $(OLDEST)/venv/bin/python || $(PYTHON) -m venv $(OLDEST)/venv
+	$(OLDEST)/venv/bin/python -m pip install --quiet $(OLDEST_VERSIONS) 'setuptools>=77.0.3' ninja
+	cd $(OLDEST)/source && M2D_BUILD=cpu ../venv/bin/python -m pip install --quiet --no-build-isolation \
+		$(OLDEST_VERSIONS) -e '.[demo,dev]'
+	cd $(OLDEST)/source && M2D_OUTCOMES=$(CURDIR)/$(OLDEST)/outcomes.json HF_HUB_OFFLINE=1 ../venv/bin/pytest $(TEST_ARGS)
 
 bench: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/pytest benchmarks $(BENCH_ARGS)
