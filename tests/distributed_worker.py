@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import m2d_ext
+from m2d_ext.losses.embed import TAKES_LISTS_OF_STATES
 from tiny_models import CONFIGS, HIDDEN, features_of, sentence, tiny_model
 
 DIMS = [HIDDEN, 8, 4]
@@ -282,6 +283,13 @@ def put_wrapper(loss: nn.Module, wrapper: nn.Module) -> None:
             put_wrapper(child, wrapper)
 
 
+def wrapped(model: nn.Module, **options: Any) -> DistributedDataParallel:
+    """Older transformers save a buffer, the positions, for the backward, and the next call broadcasts it in place:
+    several calls a step, sentence-transformers' too, then need ddp_broadcast_buffers=False.
+    """
+    return DistributedDataParallel(model, broadcast_buffers=TAKES_LISTS_OF_STATES, **options)
+
+
 def train(task: Task) -> Trained:
     """In a process of a world."""
     return _train(task, own_columns, task.seeds[dist.get_rank() % len(task.seeds)], dist.get_world_size())
@@ -299,7 +307,7 @@ def _train(task: Task, texts: Callable[[Task, int], list[list[str]]], seed: int,
     buckets: list[list[int]] = []
     if processes is not None and task.ddp is not None:
         # Small buckets: there shall be several.
-        wrapper = DistributedDataParallel(model, bucket_cap_mb=0.05, **task.ddp)
+        wrapper = wrapped(model, bucket_cap_mb=0.05, **task.ddp)
         wrapper.register_comm_hook(buckets, _counted_average)
         put_wrapper(loss_module, wrapper)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
@@ -378,7 +386,7 @@ def two_steps_of(task: Task, shapes: Sequence[Sequence[int]]) -> float:
     model = make_model(task)
     loss = make_loss(task, model, gather=True).train()
     if task.ddp is not None:
-        put_wrapper(loss, DistributedDataParallel(model, **task.ddp))
+        put_wrapper(loss, wrapped(model, **task.ddp))
     if task.steps:
         loss(features_of(model, own_columns(task)), None).backward()
     features = []

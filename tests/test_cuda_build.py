@@ -30,11 +30,12 @@ REGISTERS_OF_A_MULTIPROCESSOR = 64 * 1024
 
 def _cuda_home() -> Path | None:
     """The toolkit's folder. torch looks for it only in a CUDA build of its own."""
-    if home := os.environ.get("CUDA_HOME") or cpp_extension.CUDA_HOME:
+    if home := os.environ.get("CUDA_HOME"):
         return Path(home)
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-    # The file on PATH may be a script that calls the real one.
-    folders = [Path(nvcc).resolve().parent.parent, Path("/usr/local/cuda")]
+    # The file on PATH, from which torch guesses too, may be a script that calls the real one.
+    guesses = [cpp_extension.CUDA_HOME or "/usr/local/cuda", Path(nvcc).resolve().parent.parent, "/usr/local/cuda"]
+    folders = map(Path, guesses)
     return next((folder for folder in folders if (folder / "include" / "cuda_runtime_api.h").exists()), None)
 
 
