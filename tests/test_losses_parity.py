@@ -794,6 +794,18 @@ def test_gradient_caching(name: str, n_dims_per_step: int) -> None:
 
 
 @pytest.mark.usefixtures("expect_fused")
+def test_cached_guide_takes_several_negatives() -> None:
+    guide = tiny_model("mpnet", seed=5).double()
+
+    def base(model: Any) -> nn.Module:
+        return st_losses.CachedGISTEmbedLoss(model, guide, temperature=0.1, mini_batch_size=2)
+
+    lengths = ((3, 5, 2, 7), (11, 4, 6, 1), (2, 6, 3, 3), (5, 5, 1, 8))
+    configuration = Configuration(lengths=lengths, arguments=ALL_CELLS)
+    check("MatryoshkaLoss", configuration, base=base, dtype=torch.float64, tolerance=1e-10)
+
+
+@pytest.mark.usefixtures("expect_fused")
 @pytest.mark.parametrize("prompt_length", [0, 1, 2])
 @pytest.mark.parametrize("left_padding", [False, True], ids=["right", "left"])
 @pytest.mark.parametrize("wrapper", WRAPPERS)

@@ -312,7 +312,8 @@ def _gist_refusal(*_: Any) -> None:
 
 
 def _gist(loss: Any, rows: Rows) -> Tensor:
-    if len(rows.columns) not in (2, 3):
+    takes_more = type(loss) is losses.CachedGISTEmbedLoss  # negatives than one
+    if len(rows.columns) not in (2, 3) and not takes_more:
         raise ValueError(f"Expected 2 or 3 embeddings, got {len(rows.columns)}")
     anchor, positive = rows.columns[:2]
     positives, *negatives = rows.gathered[1:]
