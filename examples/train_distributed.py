@@ -110,6 +110,9 @@ def main() -> None:
         model.save_pretrained(str(args.output / "model"))
         print(f"mean loss {result.training_loss:.3f}; model in {args.output / 'model'}")
     if dist.is_initialized():
+        # No process leaves before the model is saved. It also frees the lock of the interpreter for gloo's threads,
+        # which need it to let go of the last gathered tensors: the group's end waits for them with the lock held.
+        dist.barrier()
         dist.destroy_process_group()
 
 
