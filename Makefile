@@ -17,7 +17,7 @@ CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name 
 FORMATTED := $(CSRC) $(shell find tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-oldest loss-table bench fuzz sanitize cuda-link gpu-build gpu-check gpu-bench lint format clean
+.PHONY: help install demo test test-oldest loss-table bench docs fuzz sanitize cuda-link gpu-build gpu-check gpu-bench lint format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -27,6 +27,7 @@ help:
 	@echo "make bench    run the benchmarks"
 	@echo "make fuzz     2,500 random problems against float64"
 	@echo "make loss-table write docs/losses.md"
+	@echo "make docs     build the pages into build/site"
 	@echo "make sanitize the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make cuda-link build, link and import the CUDA extension, no GPU needed (downloads gigabytes)"
 	@echo "make gpu-check on a GPU: tests and compute-sanitizer   (both take PYTHON=, RESULTS=)"
@@ -76,6 +77,10 @@ fuzz: $(INSTALLED)
 # docs/losses.md, from what every loss class of sentence-transformers does in ours. A test fails where it is stale.
 loss-table: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/test_surface.py
+
+# Any warning ends it: a link that leads nowhere, a name that the API page cannot find.
+docs: $(INSTALLED)
+	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
 # The sanitizers' runtime must be the first library of the process. The build goes to a folder of its own, beside a
 # copy of the tests, so that the sources cannot be imported instead. LeakSanitizer would report the interpreter.
