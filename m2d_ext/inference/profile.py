@@ -159,11 +159,12 @@ def _some_texts(model: SentenceTransformer) -> list[str]:
 
 
 def _machine(model: SentenceTransformer) -> dict[str, Any]:
-    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else _cpu()
+    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else cpu_name()
     return {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
+    """The processor, as its maker names it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
