@@ -17,14 +17,15 @@ CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name 
 FORMATTED := $(CSRC) $(shell find tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-oldest loss-table bench docs fuzz sanitize cuda-link gpu-build gpu-check gpu-bench lint format clean
+.PHONY: help install demo test test-oldest loss-table bench bench-page bench-check docs fuzz sanitize cuda-link gpu-build gpu-check gpu-bench lint format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     train a small 2D Matryoshka model, offline (DEMO_ARGS='--steps 20' for less)"
 	@echo "make test     run the tests (TEST_ARGS='-k losses' for some)"
 	@echo "make test-oldest  with the oldest torch, transformers and sentence-transformers supported (downloads gigabytes)"
-	@echo "make bench    run the benchmarks"
+	@echo "make bench    run the benchmarks; make bench-page writes docs/benchmarks.md from them"
+	@echo "make bench-check  compare a few ratios with bounds, in a minute"
 	@echo "make fuzz     2,500 random problems against float64"
 	@echo "make loss-table write docs/losses.md"
 	@echo "make docs     build the pages into build/site"
@@ -69,7 +70,16 @@ test-oldest: $(INSTALLED)
 	cd $(OLDEST)/source && M2D_OUTCOMES=$(CURDIR)/$(OLDEST)/outcomes.json HF_HUB_OFFLINE=1 ../venv/bin/pytest $(TEST_ARGS)
 
 bench: $(INSTALLED)
-	HF_HUB_OFFLINE=1 $(BIN)/pytest benchmarks $(BENCH_ARGS)
+	mkdir -p build
+	HF_HUB_OFFLINE=1 $(BIN)/pytest benchmarks --benchmark-json=build/bench.json $(BENCH_ARGS)
+
+# docs/benchmarks.md and its plots, from the last whole `make bench`.
+bench-page:
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/report.py build/bench.json
+
+# Ratios within one run, against generous bounds: has the loss become much slower beside what it is compared with?
+bench-check: $(INSTALLED)
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/check.py
 
 fuzz: $(INSTALLED)
 	M2D_FUZZ_EXAMPLES=2500 $(BIN)/pytest tests/test_fuzz.py

@@ -6,7 +6,8 @@
 
 `run` trains each arm (ablation_arms.py) with each seed and writes one JSON file per run; what is there already with
 the same settings is not run again, so it can be stopped at any time. `--epochs 1` in place of the default 50 steps
-trains on all pairs. `cost` times one step of every arm, in interleaved rounds. `report` makes docs/ablation.md and its plots.
+trains on all pairs. `cost` times one step of every arm, in interleaved rounds. `report` makes docs/ablation.md and its
+plots.
 
 Data: tab-separated, perhaps .gz. Pairs: anchor, positive, negative. Dev and test: s1, s2 and score, as the STS
 benchmark; recipes are chosen on dev alone. The retrieval task comes of the test file: from the first sentences of

@@ -35,7 +35,7 @@ import providers
 import step_providers
 from m2d_ext.inference.memory import PeakMemory
 from providers import Candidate
-from shapes import PADDINGS, Shape
+from shapes import SHARES, Shape
 
 NUM_THREADS = 2
 WARMUP_ROUNDS = 2
@@ -127,8 +127,8 @@ def fastest(candidates: list[Candidate]) -> Candidate | None:
     return candidates[int(min(medians, key=medians.__getitem__))]
 
 
-def chosen_candidates(inputs: providers.Inputs) -> dict[str, Candidate]:
-    found = {name: fastest(providers.setup(inputs, name)) for name in providers.PROVIDERS}
+def chosen_candidates(inputs: providers.Inputs, names: Sequence[str]) -> dict[str, Candidate]:
+    found = {name: fastest(providers.setup(inputs, name)) for name in names}
     candidates = {name: candidate for name, candidate in found.items() if candidate is not None}
     ours = candidates[providers.OURS].loss
     assert ours is not None
@@ -208,15 +208,18 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     inputs = providers.make_inputs(args.shape, args.padding)
     if args.what == "memory":
         return measure_memory(inputs)
-    candidates = chosen_candidates(inputs) if args.what == "speed" else deferred_providers.candidates(inputs)
+    candidates = (
+        chosen_candidates(inputs, args.providers) if args.what == "speed" else deferred_providers.candidates(inputs)
+    )
     return measure_speed(candidates, args.rounds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["speed", "memory", "deferred", "step"])
-    parser.add_argument("--shape", type=lambda text: Shape(**json.loads(text)))
-    parser.add_argument("--padding", choices=list(PADDINGS))
+    parser.add_argument("--shape", type=lambda text: Shape.from_json(json.loads(text)))
+    parser.add_argument("--padding", choices=list(SHARES))
+    parser.add_argument("--providers", nargs="+", choices=providers.PROVIDERS, default=providers.PROVIDERS)
     parser.add_argument("--texts", choices=list(step_providers.TEXTS))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", type=Path, required=True)

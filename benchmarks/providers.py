@@ -21,7 +21,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 
 from m2d_ext import functional
-from shapes import PADDINGS, Shape
+from shapes import SHARES, Shape
 
 OURS = "ours"
 OURS_ONE_DIM = "ours, one dim"
@@ -29,6 +29,7 @@ SENTENCE_TRANSFORMERS = "sentence-transformers"
 COMPILED = "torch.compile"
 FLOOR = "floor"
 PROVIDERS = (OURS, OURS_ONE_DIM, SENTENCE_TRANSFORMERS, COMPILED, FLOOR)
+GROWTH_PROVIDERS = (OURS, SENTENCE_TRANSFORMERS, FLOOR)
 
 COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
 KL_TEMPERATURE = 0.3
@@ -48,7 +49,7 @@ def make_inputs(shape: Shape, padding: str) -> Inputs:
     torch.manual_seed(0)
     size = (shape.texts, shape.tokens, shape.width)
     states = [torch.randn(size).requires_grad_() for _ in range(shape.layers)]
-    return Inputs(shape, states, ragged_mask(shape, PADDINGS[padding]), torch.tensor(1.0))
+    return Inputs(shape, states, ragged_mask(shape, SHARES[padding]), torch.tensor(1.0))
 
 
 def ragged_mask(shape: Shape, padding: float) -> Tensor:

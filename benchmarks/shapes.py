@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,10 @@ class Shape:
         """Beyond the hidden states and their gradients: a few copies of the pooled rows, and fixed buffers."""
         return 2.5 * 4 * self.layers * self.texts * self.width + 16 * 2**20
 
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Shape:
+        return cls(**data | {"dims": tuple(data["dims"])})
+
     def __str__(self) -> str:
         return f"L{self.layers}-B{self.batch}-C{self.columns}-T{self.tokens}-D{self.width}"
 
@@ -47,3 +52,13 @@ MORE_SHAPES = tuple(
 
 # The share of tokens that is padding.
 PADDINGS = {"none": 0.0, "half": 0.5}
+SHARES = PADDINGS | {"a quarter": 0.25, "three quarters": 0.75}
+
+# From the small shape without padding, one thing at a time; by value, the shape and its padding.
+GROWTH: dict[str, dict[float, tuple[Shape, str]]] = {
+    "layers": {n: (replace(SMALL, layers=n), "none") for n in (2, 4, 7, 13, 25)},
+    "dims": {n: (replace(SMALL, dims=SMALL.dims[-n:]), "none") for n in (1, 2, 3, 4, 5)},
+    "batch": {n: (replace(SMALL, batch=n), "none") for n in (16, 32, 64, 128, 256)},
+    "tokens": {n: (replace(SMALL, tokens=n), "none") for n in (16, 32, 64, 128, 256)},
+    "padding": {share: (SMALL, name) for name, share in sorted(SHARES.items(), key=lambda item: item[1])},
+}

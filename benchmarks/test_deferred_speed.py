@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from conftest import Recording, Speed
+from conftest import Recording
 from deferred_providers import DEFERRED_PROVIDERS
+from results import Speed
 from shapes import PADDINGS, Shape
 
 

@@ -17,9 +17,10 @@ from typing import Any
 
 import pytest
 
-from conftest import Recording, Speed
+from conftest import Recording
 from measure import PeakMemory
 from providers import OURS, PROVIDERS
+from results import Speed
 from shapes import MAIN_SHAPES, PADDINGS, Shape
 
 

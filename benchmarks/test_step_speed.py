@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from conftest import Recording, Speed
+from conftest import Recording
+from results import Speed
 from step_providers import STEP_PROVIDERS, TEXTS
 
 
