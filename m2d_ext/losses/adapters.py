@@ -5,7 +5,7 @@ cell (L, K), and one that says what it does not do. Prefixes are normalised, as 
 base loss, so that there a dot product is a cosine.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -104,8 +104,7 @@ def _rank_anchors(loss: Any, rows: Rows, blocks: dict[str, tuple[Tensor, Tensor]
     # What is never a candidate: a text itself among those of its own kind.
     excluded = {"query_to_query": own, "doc_to_doc": own_documents}
     scores = []
-    for direction, (texts, others) in blocks.items():
-        similarities = rows.cosines(texts[:, anchors], others)
+    for direction, similarities in _cosines_by_direction(rows, blocks, anchors):
         score = similarities * loss.scale
         if direction == "query_to_doc":
             if _is_hardened(loss):
@@ -118,6 +117,22 @@ def _rank_anchors(loss: Any, rows: Rows, blocks: dict[str, tuple[Tensor, Tensor]
     if loss.partition_mode == "joint":
         return torch.cat(scores, dim=-1).logsumexp(-1) - positive
     return torch.stack([score.logsumexp(-1) for score in scores]).mean(0) - positive
+
+
+def _cosines_by_direction(
+    rows: Rows, blocks: dict[str, tuple[Tensor, Tensor]], anchors: slice
+) -> Iterator[tuple[str, Tensor]]:
+    """Of the blocks (L, K, A, M), in their order."""
+    all_own = rows.gathered is rows.columns and anchors == slice(0, rows.batch_size)
+    to_documents = None
+    for direction, (texts, others) in blocks.items():
+        if direction == "doc_to_query" and all_own and to_documents is not None:
+            yield direction, to_documents[..., : rows.batch_size].mT  # the same pairs of rows
+            continue
+        similarities = rows.cosines(texts[:, anchors], others)
+        if direction == "query_to_doc":
+            to_documents = similarities
+        yield direction, similarities
 
 
 def _false_negatives(rows: Rows, blocks: dict[str, tuple[Tensor, Tensor]], anchors: slice) -> dict[str, Tensor]:

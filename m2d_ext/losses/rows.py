@@ -65,7 +65,8 @@ class Rows:
 
     def final(self) -> "Rows":
         """The final layer's at full width, detached."""
-        columns, gathered = ([rows[-1:].detach() for rows in each] for each in (self.columns, self.gathered))
+        columns = [rows[-1:].detach() for rows in self.columns]
+        gathered = columns if self.gathered is self.columns else [rows[-1:].detach() for rows in self.gathered]
         return replace(self, columns=columns, gathered=gathered, dims=[self.columns[0].shape[-1]])
 
     def by_anchors(self, candidates: int, compute: Callable[[slice], Tensor]) -> Tensor:

@@ -196,10 +196,13 @@ class _Plan:
 
     def _rows(self, pooled: Tensor, cells: Cells) -> Rows:
         used = [k for k in range(len(cells.dims)) if any(row[k] for row in cells.drawn)]
-        everywhere = pooled if self._batches is None else gather_rows(pooled, self._batches)
+        columns = list(pooled.chunk(len(self._columns), dim=1))
+        gathered = columns
+        if self._batches is not None:
+            gathered = list(gather_rows(pooled, self._batches).chunk(len(columns), dim=1))
         return Rows(
-            columns=list(pooled.chunk(len(self._columns), dim=1)),
-            gathered=list(everywhere.chunk(len(self._columns), dim=1)),
+            columns=columns,
+            gathered=gathered,
             offset=0 if self._batches is None else self._batches.offset,
             dims=[cells.dims[k] for k in used],
             features=self._columns,
