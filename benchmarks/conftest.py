@@ -16,7 +16,7 @@ from rich.console import Console
 from measure import in_own_process
 from providers import GROWTH_PROVIDERS
 from results import Results, Speed
-from shapes import GROWTH, MAIN_SHAPES, MORE_SHAPES, Shape
+from shapes import GROWTH, MAIN_SHAPES, MORE_SHAPES, SMALL, Shape
 from tables import tables
 
 MEASURE = Path(__file__).with_name("measure.py")
@@ -147,6 +147,23 @@ def measured_growth(
         what = [*_problem("speed", *GROWTH[axis][value]), "--providers", *GROWTH_PROVIDERS]
         results.growth[axis, value] = Speed(**_measure(what, "resident", results.rounds, folder))
         return results.growth[axis, value]
+
+    return measure
+
+
+@pytest.fixture(scope="session")
+def measured_base_loss(
+    pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Speed]:
+    """As measured_speed, by base loss."""
+    results = pytestconfig.stash[RESULTS]
+    folder = tmp_path_factory.mktemp("base-loss")
+
+    @functools.cache
+    def measure(base: str) -> Speed:
+        what = [*_problem("base-loss", SMALL, "none"), "--base", base]
+        results.base_losses[base] = Speed(**_measure(what, "resident", results.rounds, folder))
+        return results.base_losses[base]
 
     return measure
 

@@ -2,8 +2,8 @@
 
     python benchmarks/measure.py speed --shape '{"layers": 7, ...}' --padding half --output result.json
 
-What: the loss alone ("speed", "memory"), the deferred passes ("deferred"), or whole training steps ("step", with
---texts in place of the shape and the padding).
+What: the loss alone ("speed", "memory"; "base-loss" with --base), the deferred passes ("deferred"), or whole training
+steps ("step", with --texts in place of the shape and the padding).
 
 A process of its own because the allocator is chosen by environment variables that glibc reads at start, and because
 nothing that was measured before should have touched its memory. Whoever starts it takes the variables from ALLOCATORS.
@@ -30,6 +30,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import psutil
 import torch
 
+import base_loss_providers
 import deferred_providers
 import providers
 import step_providers
@@ -208,23 +209,25 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     inputs = providers.make_inputs(args.shape, args.padding)
     if args.what == "memory":
         return measure_memory(inputs)
-    candidates = (
-        chosen_candidates(inputs, args.providers) if args.what == "speed" else deferred_providers.candidates(inputs)
-    )
-    return measure_speed(candidates, args.rounds)
+    if args.what == "base-loss":
+        return measure_speed(base_loss_providers.candidates(inputs, args.base), args.rounds)
+    if args.what == "deferred":
+        return measure_speed(deferred_providers.candidates(inputs), args.rounds)
+    return measure_speed(chosen_candidates(inputs, args.providers), args.rounds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["speed", "memory", "deferred", "step"])
+    parser.add_argument("what", choices=["speed", "memory", "base-loss", "deferred", "step"])
     parser.add_argument("--shape", type=lambda text: Shape.from_json(json.loads(text)))
     parser.add_argument("--padding", choices=list(SHARES))
     parser.add_argument("--providers", nargs="+", choices=providers.PROVIDERS, default=providers.PROVIDERS)
+    parser.add_argument("--base", choices=list(base_loss_providers.BASE_LOSSES))
     parser.add_argument("--texts", choices=list(step_providers.TEXTS))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
-    needed = ("texts",) if args.what == "step" else ("shape", "padding")
+    needed = {"step": ["texts"], "base-loss": ["shape", "padding", "base"]}.get(args.what, ["shape", "padding"])
     if any(getattr(args, name) is None for name in needed):
         parser.error(f"{args.what} needs {' and '.join(f'--{name}' for name in needed)}")
 

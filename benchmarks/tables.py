@@ -21,6 +21,13 @@ BARS = {
 PASSES_BAR = "≤ 0.60"
 DEFERRED_BAR = "≤ 0.70"
 STEP_BAR = "≤ 1.02"
+BASE_LOSS_BARS = {
+    "MultipleNegativesSymmetricRanking": "≥ 5",
+    "four directions": "≥ 5",
+    "hardness": "≥ 5",
+    "CoSENT": "≥ 3",
+    "GISTEmbed": "≥ 3",
+}
 
 
 def _number(value: float | None, digits: int = 2) -> str:
@@ -130,6 +137,25 @@ def _step_table(results: Results) -> Table:
     return table
 
 
+def _base_loss_table(results: Results) -> Table:
+    table = Table(
+        title=f"Base losses, all layers × all dims at {SMALL} without padding, resident memory: medians of "
+        f"{results.rounds} interleaved rounds"
+    )
+    table.add_column("base loss", no_wrap=True)
+    for name in ("ours\nms", "s-t\nms", "s-t\n/ ours", "aim", "others\ncores"):
+        table.add_column(name, justify="right")
+    for base, speed in results.base_losses.items():
+        table.add_row(
+            base,
+            *[_number(speed.milliseconds(name), 1) for name in (OURS, SENTENCE_TRANSFORMERS)],
+            _number(speed.ratio(SENTENCE_TRANSFORMERS, OURS)),
+            BASE_LOSS_BARS.get(base, ""),
+            f"{speed.other_cores:.1f}",
+        )
+    return table
+
+
 def _growth_table(results: Results) -> Table:
     table = Table(
         title=f"Growth, from {SMALL} without padding, one thing at a time: medians of interleaved rounds",
@@ -159,6 +185,7 @@ def tables(results: Results) -> list[Table]:
         (results.peak_bytes, _memory_table),
         (results.deferred, _deferred_table),
         (results.steps, _step_table),
+        (results.base_losses, _base_loss_table),
         (results.growth, _growth_table),
     )
     return [table(results) for measured, table in makers if measured]
