@@ -14,9 +14,8 @@ import pytest
 from rich.console import Console
 
 from measure import in_own_process
-from providers import GROWTH_PROVIDERS
 from results import Results, Speed
-from shapes import GROWTH, MAIN_SHAPES, MORE_SHAPES, SMALL, Shape
+from shapes import MAIN_SHAPES, MORE_SHAPES, SMALL, Shape
 from tables import tables
 
 MEASURE = Path(__file__).with_name("measure.py")
@@ -135,18 +134,15 @@ def measured_deferred(
 
 
 @pytest.fixture(scope="session")
-def measured_growth(
-    pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str, float], Speed]:
-    """As measured_speed, of the axes of shapes.GROWTH."""
+def measured_growth(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Speed]:
+    """As measured_speed, by axis of shapes.GROWTH."""
     results = pytestconfig.stash[RESULTS]
     folder = tmp_path_factory.mktemp("growth")
 
     @functools.cache
-    def measure(axis: str, value: float) -> Speed:
-        what = [*_problem("speed", *GROWTH[axis][value]), "--providers", *GROWTH_PROVIDERS]
-        results.growth[axis, value] = Speed(**_measure(what, "resident", results.rounds, folder))
-        return results.growth[axis, value]
+    def measure(axis: str) -> Speed:
+        results.growth[axis] = Speed(**_measure(["growth", "--axis", axis], "resident", results.rounds, folder))
+        return results.growth[axis]
 
     return measure
 

@@ -2,8 +2,8 @@
 
     python benchmarks/measure.py speed --shape '{"layers": 7, ...}' --padding half --output result.json
 
-What: the loss alone ("speed", "memory"; "base-loss" with --base), the deferred passes ("deferred"), or whole training
-steps ("step", with --texts in place of the shape and the padding).
+What: the loss alone ("speed", "memory"; "growth" with --axis; "base-loss" with --base), the deferred passes
+("deferred"), or whole training steps ("step", with --texts in place of the shape and the padding).
 
 A process of its own because the allocator is chosen by environment variables that glibc reads at start, and because
 nothing that was measured before should have touched its memory. Whoever starts it takes the variables from ALLOCATORS.
@@ -36,7 +36,7 @@ import providers
 import step_providers
 from m2d_ext.inference.memory import PeakMemory
 from providers import Candidate
-from shapes import SHARES, Shape
+from shapes import GROWTH, SHARES, Shape
 
 NUM_THREADS = 2
 WARMUP_ROUNDS = 2
@@ -140,6 +140,16 @@ def chosen_candidates(inputs: providers.Inputs, names: Sequence[str]) -> dict[st
     return candidates
 
 
+def growth_candidates(axis: str) -> dict[str, Candidate]:
+    return {
+        providers.growth_name(name, value): candidate
+        for value, (shape, padding) in GROWTH[axis].items()
+        for name, candidate in chosen_candidates(
+            providers.make_inputs(shape, padding), providers.GROWTH_PROVIDERS
+        ).items()
+    }
+
+
 def measure_speed(candidates: dict[str, Candidate], rounds: int, most_attempts: int = ATTEMPTS) -> dict[str, Any]:
     gc.collect()
     gc.freeze()
@@ -206,6 +216,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if args.what == "step":
         # Tens of seconds a round: one attempt, and the table says how quiet it was.
         return measure_speed(step_providers.candidates(step_providers.TEXTS[args.texts]), args.rounds, most_attempts=1)
+    if args.what == "growth":
+        return measure_speed(growth_candidates(args.axis), args.rounds)
     inputs = providers.make_inputs(args.shape, args.padding)
     if args.what == "memory":
         return measure_memory(inputs)
@@ -218,16 +230,19 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["speed", "memory", "base-loss", "deferred", "step"])
+    parser.add_argument("what", choices=["speed", "memory", "growth", "base-loss", "deferred", "step"])
     parser.add_argument("--shape", type=lambda text: Shape.from_json(json.loads(text)))
     parser.add_argument("--padding", choices=list(SHARES))
     parser.add_argument("--providers", nargs="+", choices=providers.PROVIDERS, default=providers.PROVIDERS)
+    parser.add_argument("--axis", choices=list(GROWTH))
     parser.add_argument("--base", choices=list(base_loss_providers.BASE_LOSSES))
     parser.add_argument("--texts", choices=list(step_providers.TEXTS))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
-    needed = {"step": ["texts"], "base-loss": ["shape", "padding", "base"]}.get(args.what, ["shape", "padding"])
+    needed = {"step": ["texts"], "growth": ["axis"], "base-loss": ["shape", "padding", "base"]}.get(
+        args.what, ["shape", "padding"]
+    )
     if any(getattr(args, name) is None for name in needed):
         parser.error(f"{args.what} needs {' and '.join(f'--{name}' for name in needed)}")
 

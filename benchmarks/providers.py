@@ -31,6 +31,12 @@ FLOOR = "floor"
 PROVIDERS = (OURS, OURS_ONE_DIM, SENTENCE_TRANSFORMERS, COMPILED, FLOOR)
 GROWTH_PROVIDERS = (OURS, SENTENCE_TRANSFORMERS, FLOOR)
 
+
+def growth_name(provider: str, value: float) -> str:
+    """Of a provider at one value of an axis."""
+    return f"{provider} @ {value:g}"
+
+
 COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
 KL_TEMPERATURE = 0.3
 

@@ -18,7 +18,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 from rich.table import Table
 
-from providers import FLOOR, GROWTH_PROVIDERS, OURS
+from providers import FLOOR, GROWTH_PROVIDERS, OURS, growth_name
 from results import Results
 from shapes import GROWTH, SMALL
 from tables import tables
@@ -95,12 +95,12 @@ def markdown(table: Table) -> list[str]:
 
 def plot_growth(results: Results, path: Path) -> None:
     """An axis each: times, log-log where the axis is a size."""
-    names = [name for name in GROWTH if any(kind == name for kind, _ in results.growth)]
+    names = list(results.growth)
     figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.6), squeeze=False, layout="constrained")
     for axis, name in zip(axes[0], names, strict=True):
-        values = sorted(value for kind, value in results.growth if kind == name)
+        speed, values = results.growth[name], list(GROWTH[name])
         for provider in GROWTH_PROVIDERS:
-            times = [results.growth[name, value].milliseconds(provider) for value in values]
+            times = [speed.milliseconds(growth_name(provider, value)) for value in values]
             axis.plot(values, times, marker="o", label=provider, linestyle="--" if provider == FLOOR else "-")
         if name not in ("padding", "dims"):
             axis.set_xscale("log", base=2)
@@ -117,16 +117,13 @@ def plot_growth(results: Results, path: Path) -> None:
 
 
 def _slopes(results: Results) -> list[str]:
-    """Of ours: what the axis's last value costs beside its first, and how many times more there is of it."""
+    """What an axis's last value costs beside its first: medians of ratios within a round."""
     lines = ["| axis | from → to | ours | floor |", "|---|---|---|---|"]
-    for name in GROWTH:
-        values = sorted(value for kind, value in results.growth if kind == name)
-        if len(values) > 1:
-            growths = []
-            for provider in (OURS, FLOOR):
-                first, last = (results.growth[name, value].milliseconds(provider) for value in (values[0], values[-1]))
-                growths.append("–" if not first or last is None else f"{last / first:.2f}×")
-            lines.append(f"| {LABELS[name]} | {values[0]:g} → {values[-1]:g} | {' | '.join(growths)} |")
+    for name, speed in results.growth.items():
+        first, *_, last = GROWTH[name]
+        growths = [speed.ratio(growth_name(each, last), growth_name(each, first)) for each in (OURS, FLOOR)]
+        cells = ["–" if growth is None else f"{growth:.2f}×" for growth in growths]
+        lines.append(f"| {LABELS[name]} | {first:g} → {last:g} | {' | '.join(cells)} |")
     return lines
 
 

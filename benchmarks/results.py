@@ -64,7 +64,7 @@ class Results:
     deferred: dict[tuple[Shape, str], Speed] = field(default_factory=dict)  # (shape, padding)
     steps: dict[str, Speed] = field(default_factory=dict)  # by kind of texts
     base_losses: dict[str, Speed] = field(default_factory=dict)
-    growth: dict[tuple[str, float], Speed] = field(default_factory=dict)  # (axis, value)
+    growth: dict[str, Speed] = field(default_factory=dict)  # by axis; providers.growth_name of each
     machine: dict[str, Any] = field(default_factory=machine)
 
     def to_json(self) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class Results:
             "peak_bytes": [[asdict(shape), peaks] for shape, peaks in self.peak_bytes.items()],
             "steps": {texts: asdict(speed) for texts, speed in self.steps.items()},
             "base_losses": {base: asdict(speed) for base, speed in self.base_losses.items()},
-            "growth": [[*key, asdict(speed)] for key, speed in self.growth.items()],
+            "growth": {axis: asdict(speed) for axis, speed in self.growth.items()},
             "speed": [[asdict(shape), *key, asdict(speed)] for (shape, *key), speed in self.speed.items()],
             "deferred": [[asdict(shape), *key, asdict(speed)] for (shape, *key), speed in self.deferred.items()],
         }
@@ -88,7 +88,7 @@ class Results:
             peak_bytes={Shape.from_json(shape): peaks for shape, peaks in data["peak_bytes"]},
             steps={texts: Speed(**speed) for texts, speed in data["steps"].items()},
             base_losses={base: Speed(**speed) for base, speed in data["base_losses"].items()},
-            growth={(axis, value): Speed(**speed) for axis, value, speed in data["growth"]},
+            growth={axis: Speed(**speed) for axis, speed in data["growth"].items()},
             speed={(Shape.from_json(shape), *key): Speed(**speed) for shape, *key, speed in data["speed"]},
             deferred={(Shape.from_json(shape), *key): Speed(**speed) for shape, *key, speed in data["deferred"]},
         )

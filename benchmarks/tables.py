@@ -6,9 +6,9 @@ from rich.table import Table
 
 from deferred_providers import DEFERRED, DEFERRED_PROVIDERS, DENSE, PASSES_COLD, PASSES_WARM
 from measure import NUM_THREADS
-from providers import COMPILED, FLOOR, GROWTH_PROVIDERS, OURS, OURS_ONE_DIM, SENTENCE_TRANSFORMERS
+from providers import COMPILED, FLOOR, GROWTH_PROVIDERS, OURS, OURS_ONE_DIM, SENTENCE_TRANSFORMERS, growth_name
 from results import Results, Speed
-from shapes import MAIN_SHAPES, MORE_SHAPES, PADDINGS, SMALL, Shape
+from shapes import GROWTH, MAIN_SHAPES, MORE_SHAPES, PADDINGS, SMALL, Shape
 from step_providers import BATCH, PLAIN, STEP_PROVIDERS
 
 # What the table is held to, by padding. Resident memory, main shapes.
@@ -167,14 +167,16 @@ def _growth_table(results: Results) -> Table:
     for name in ("ours / floor", "s-t / ours"):
         table.add_column(name, justify="right", style="bold")
     table.add_column("others\ncores", justify="right")
-    for (axis, value), speed in sorted(results.growth.items()):
-        table.add_row(
-            f"{axis} {value:g}",
-            *[_number(speed.milliseconds(name), 1) for name in GROWTH_PROVIDERS],
-            _number(speed.ratio(OURS, FLOOR)),
-            _number(speed.ratio(SENTENCE_TRANSFORMERS, OURS)),
-            f"{speed.other_cores:.1f}",
-        )
+    for axis, speed in results.growth.items():
+        for value in GROWTH[axis]:
+            ours, theirs, floor = (growth_name(name, value) for name in GROWTH_PROVIDERS)
+            table.add_row(
+                f"{axis} {value:g}",
+                *[_number(speed.milliseconds(name), 1) for name in (ours, theirs, floor)],
+                _number(speed.ratio(ours, floor)),
+                _number(speed.ratio(theirs, ours)),
+                f"{speed.other_cores:.1f}",
+            )
     return table
 
 

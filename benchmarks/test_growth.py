@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from conftest import Recording
-from providers import GROWTH_PROVIDERS
+from providers import GROWTH_PROVIDERS, growth_name
 from results import Speed
 from shapes import GROWTH
 
@@ -24,8 +24,8 @@ def test_growth(
     axis: str,
     value: float,
     provider: str,
-    measured_growth: Callable[[str, float], Speed],
+    measured_growth: Callable[[str], Speed],
     recording: Recording,
     benchmark: Any,
 ) -> None:
-    recording.replay(measured_growth(axis, value), provider, benchmark)
+    recording.replay(measured_growth(axis), growth_name(provider, value), benchmark)
