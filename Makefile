@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 # release and gigabytes of libraries that the CPU kernels never load.
 TORCH ?= torch==2.13.0
 SENTENCE_TRANSFORMERS ?= sentence-transformers==6.2.0
+# 5.24 refuses every released peft (it wants 0.22), also where none is in use.
+TRANSFORMERS ?= transformers==5.23.0
 
 DEMO_ARGS ?=
 TEST_ARGS ?=
@@ -45,7 +47,7 @@ $(VENV)/.torch: Makefile
 
 # The editable install compiles; ninja then redoes only what a change touches.
 $(INSTALLED): $(VENV)/.torch pyproject.toml setup.py $(CSRC)
-	$(BIN)/python -m pip install --quiet --no-build-isolation '$(TORCH)' '$(SENTENCE_TRANSFORMERS)' -e '.[demo,dev]'
+	$(BIN)/python -m pip install --quiet --no-build-isolation '$(TORCH)' '$(SENTENCE_TRANSFORMERS)' '$(TRANSFORMERS)' -e '.[demo,dev]'
 	touch $@
 
 install: $(INSTALLED)
@@ -111,7 +113,7 @@ LINKED := build/cuda-link
 cuda-link:
 	rm -rf $(LINKED)
 	$(PYTHON) -m venv $(LINKED)/venv
-	$(LINKED)/venv/bin/pip install --quiet '$(CUDA_TORCH)' '$(SENTENCE_TRANSFORMERS)' 'setuptools>=77.0.3' ninja
+	$(LINKED)/venv/bin/pip install --quiet '$(CUDA_TORCH)' '$(SENTENCE_TRANSFORMERS)' '$(TRANSFORMERS)' 'setuptools>=77.0.3' ninja
 	mkdir $(LINKED)/source && cp -R csrc m2d_ext setup.py pyproject.toml README.md LICENSE $(LINKED)/source
 	cd $(LINKED)/source && M2D_BUILD=cuda TORCH_CUDA_ARCH_LIST='$(CUDA_ARCH)' \
 		../venv/bin/pip install --no-build-isolation --no-deps .
