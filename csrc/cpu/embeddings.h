@@ -1,8 +1,6 @@
 // What the loss needs to know of each row before rows meet: norms, and a center of every layer.
 #pragma once
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <memory>
 #include <vector>
@@ -28,18 +26,6 @@ class Buffer {
   std::unique_ptr<T[]> data_;
 };
 
-// Calls body(layer, first, last) for ranges of `grain` rows of each layer, in parallel.
-template <class Body>
-void for_row_ranges(int64_t layers, int64_t rows, int64_t grain, const Body& body) {
-  const int64_t ranges = ceil_div(rows, grain);
-  at::parallel_for(0, layers * ranges, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i % ranges * grain;
-      body(i / ranges, first, std::min(rows, first + grain));
-    }
-  });
-}
-
 // Rows of one kind (the pooled rows, or gathered candidates) with their norms.
 template <class T>
 struct NormedRows {
@@ -55,6 +41,8 @@ template <class T>
 struct Side {
   const NormedRows<T>& rows;
   int64_t layer, first, count;
+
+  Side part(int64_t begin, int64_t end) const { return {rows, layer, first + begin, end - begin}; }
 };
 
 template <class T>
@@ -65,10 +53,20 @@ class Embeddings {
         pooled_(make_rows(params.pooled, params.pooled_grad)),
         gathered_(make_rows(params.candidates, params.candidate_grad)),
         centers_(params.num_layers * params.dim),
-        center_squared_(params.num_layers * params.num_dims) {
-    compute_norms(pooled_);
-    compute_norms(gathered_);
-    compute_centers();
+        center_squared_(params.num_layers * params.num_dims) {}
+
+  // -- before anything else of a layer is asked for --
+
+  void compute_norms(const Side<T>& s) const {
+    for (int64_t i = 0; i < s.count; ++i) compute_norms_of_row({s.rows, s.layer, s.first + i, 1});
+  }
+
+  // After the norms. Any center is right; the mean of some rows is near all of them where they are nearly parallel.
+  void compute_center(int64_t l) const {
+    double* center = centers_.get() + l * p_.dim;
+    add_samples(texts(l), center);
+    for (int64_t k = 0; k < p_.num_dims; ++k)
+      center_squared_.get()[l * p_.num_dims + k] = sum_of_squares(center, p_.dims[k]);
   }
 
   // -- the grid --
@@ -95,6 +93,7 @@ class Embeddings {
     return {pooled_, l, p_.num_anchors, p_.num_texts - p_.num_anchors};
   }
   Side<T> texts(int64_t l) const { return {pooled_, l, 0, p_.num_texts}; }
+  Side<T> gathered(int64_t l) const { return {gathered_, l, 0, gathered_.pooled.count}; }
   bool is_pooled(const Side<T>& s) const { return &s.rows == &pooled_; }
 
   const T* row(const Side<T>& s, int64_t i) const {
@@ -120,7 +119,6 @@ class Embeddings {
   }
 
  private:
-  static constexpr int64_t kRowGrain = 16;
   static constexpr int64_t kCenterSamples = 32;
 
   NormedRows<T> make_rows(const Rows<const T>& rows, const Rows<T>& grad) const {
@@ -133,14 +131,7 @@ class Embeddings {
     return (s.layer * p_.num_dims + k) * s.rows.pooled.count + s.first;
   }
 
-  void compute_norms(const NormedRows<T>& rows) const {
-    for_row_ranges(p_.num_layers, rows.pooled.count, kRowGrain,
-                   [&](int64_t l, int64_t first, int64_t last) {
-                     for (int64_t r = first; r < last; ++r) compute_norms({rows, l, r, 1});
-                   });
-  }
-
-  void compute_norms(const Side<T>& s) const {
+  void compute_norms_of_row(const Side<T>& s) const {
     const T* x = row(s, 0);
     const int64_t stride = s.rows.pooled.count;
     double* prefix = s.rows.prefix.get() + prefix_index(s, 0);
@@ -161,18 +152,6 @@ class Embeddings {
       prefix[k * stride] = relative;
       gradient[k * stride] = is_clamped(inverse) ? 0.0 : relative * relative;
     }
-  }
-
-  // Any center is right; the mean of some rows is near all of them where they are nearly parallel.
-  void compute_centers() const {
-    at::parallel_for(0, p_.num_layers, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t l = begin; l < end; ++l) {
-        double* center = centers_.get() + l * p_.dim;
-        add_samples(texts(l), center);
-        for (int64_t k = 0; k < p_.num_dims; ++k)
-          center_squared_.get()[l * p_.num_dims + k] = sum_of_squares(center, p_.dims[k]);
-      }
-    });
   }
 
   // The mean of u over evenly spaced rows that have a direction; 0 where none has.

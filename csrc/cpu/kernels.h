@@ -3,6 +3,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <functional>
+
 #include "../params.h"
 
 namespace m2d::cpu {
@@ -10,6 +12,10 @@ namespace m2d::cpu {
 // pooled (L, N, D) = the weighted token sums. Tokens whose coefficient is 0 are never read.
 template <class Scalar, class Acc>
 void pool(const PoolParams& params);
+
+// Rows [first, last) of the same, counted through all layers, on the calling thread.
+template <class Scalar, class Acc>
+void pool_rows(const PoolParams& params, int64_t first, int64_t last);
 
 // states = grad_output * a[n, t] * pooled_grad[layers[l], n, :], 0 where the coefficient is 0; past the caches if
 // `stream`, see memory.h.
@@ -37,8 +43,12 @@ template <class Scalar, class Acc>
 void pool_max_backward(const PoolParams& params, const Acc* pooled_grad, const int32_t* indices,
                        const int64_t* layers);
 
-// The loss, its cells and, where pooled_grad is given, its gradient. See math.h.
+// Writes rows [first, last) of a layer's pooled rows.
+using ReadRows = std::function<void(int64_t layer, int64_t first, int64_t last)>;
+
+// The loss, its cells and, where pooled_grad is given, its gradient. See math.h. Pooled rows that are not there yet
+// come of `read`.
 template <class T>
-void loss(const LossParams<T>& params);
+void loss(const LossParams<T>& params, const ReadRows& read);
 
 }  // namespace m2d::cpu

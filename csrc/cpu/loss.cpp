@@ -1,20 +1,26 @@
 // The loss over pooled rows, all layers and dims at once. The formulas are those of math.h.
 //
-//   1. Embeddings   inverse norms of every row and prefix, a center for each layer
-//   2. RowGradient  the teacher's softmax
-//   3. Cells        for a few layers at a time, or for a part of one layer's anchors:
-//        center      delta, as it is and transposed                           tasks of 16 rows
-//        anchors     U, row softmaxes, X, and the anchors' finished gradient  a task per tile of anchors
-//        candidates  the candidates' finished gradient                        a task per tile of candidates
-//   4. rows that are in no cell
-//   5. cells, KLs, loss                                                       in a fixed order
+// Each layer goes through these steps, of which all but `center` are split into tasks (pipeline.h):
+//
+//   read        a few texts' rows, pooled where they are not there yet, and the inverse norms of their prefixes
+//   center      the layer's center
+//   teacher     the final layer's softmax: it leads
+//   then for a part of its anchors after the other, where all at once would take much memory:
+//     rows        delta, of the candidates as it is and transposed
+//     anchors     U, row softmaxes, X, and the anchors' finished gradient
+//     candidates  the candidates' finished gradient
+//   outside     rows that are in no cell
+//
+// and at the end cells, KLs and the loss are reduced in a fixed order.
 //
 // The products are formed of centered rows in single precision, all else in double: rows of a real batch are nearly
 // parallel in the early layers, where cosines agree in most of their digits and X E - r E cancels.
 //
 // Each output element has one owner, and every sum an order that depends on the sizes of the problem
-// alone, not on the number of threads. X is kept for one wave of layers or anchors: memory grows with
-// B + M and not with L * B * M.
+// alone, not on the number of threads. X is kept for a few layers, or parts of their anchors, at a time: memory grows
+// with B + M and not with L * B * M.
+#include <ATen/Parallel.h>
+
 #include <algorithm>
 #include <limits>
 #include <type_traits>
@@ -24,6 +30,7 @@
 #include "embeddings.h"
 #include "gemm.h"
 #include "kernels.h"
+#include "pipeline.h"
 #include "row_gradient.h"
 #include "rows.h"
 
@@ -36,44 +43,77 @@ int64_t padded(int64_t n) {
   return (ceil_div(n, kLine) | 1) * kLine;
 }
 
-// Rows come and go in T; they are multiplied in Product.
+// Rows [first, last) of the index-th task of `grain` rows.
+struct Range {
+  int64_t first, last;
+
+  static int64_t count(int64_t rows, int64_t grain) { return ceil_div(rows, grain); }
+  Range(int64_t index, int64_t rows, int64_t grain)
+      : first(index * grain), last(std::min(rows, first + grain)) {}
+};
+
+// What a layer's rows do to each other. Rows come and go in T; they are multiplied in Product.
 template <class T, class Product>
 class Cells {
  public:
-  Cells(const Embeddings<T>& embeddings, const RowGradient<T>& rows,
-        const std::vector<int64_t>& layers)
+  Cells(const Embeddings<T>& embeddings, const RowGradient<T>& rows)
       : e_(embeddings),
         p_(embeddings.params()),
         rows_(rows),
-        layers_(layers),
         tile_(std::clamp(p_.num_anchors / kTilesPerBatch, kMinTile, kMaxTile)),
         delta_stride_(padded(p_.dim)),
         column_stride_(padded(p_.num_candidates)),
-        wave_layers_(choose_layers()),
-        wave_anchors_(choose_anchors()),
-        wave_tiles_(ceil_div(wave_anchors_, tile_)),
-        anchor_delta_(wave_layers_ * wave_anchors_ * delta_stride_ + kGemmSlack),
-        anchor_along_(wave_layers_ * p_.num_dims * wave_anchors_),
-        anchor_gamma_(wave_layers_ * wave_anchors_),
-        candidate_delta_(grad_only(wave_layers_ * p_.num_candidates * delta_stride_ + kGemmSlack)),
+        num_slots_(choose_slots()),
+        part_anchors_(choose_part()),
+        part_tiles_(ceil_div(part_anchors_, tile_)),
+        anchor_delta_(num_slots_ * part_anchors_ * delta_stride_ + kGemmSlack),
+        anchor_along_(num_slots_ * p_.num_dims * part_anchors_),
+        anchor_gamma_(num_slots_ * part_anchors_),
+        candidate_delta_(grad_only(num_slots_ * p_.num_candidates * delta_stride_ + kGemmSlack)),
         candidate_products_(
-            kProductsApart ? grad_only(wave_layers_ * p_.num_candidates * delta_stride_) : 0),
-        candidate_along_(wave_layers_ * p_.num_dims * p_.num_candidates),
-        candidate_gamma_(wave_layers_ * p_.num_candidates),
-        columns_(wave_layers_ * p_.dim * column_stride_ + kGemmSlack),
-        x_(grad_only(wave_layers_ * p_.num_dims * wave_anchors_ * column_stride_)),
-        tile_sums_(grad_only(wave_layers_ * wave_tiles_ * 2 * sums_size())),
-        sums_(grad_only(wave_layers_ * 2 * sums_size())),
+            kProductsApart ? grad_only(num_slots_ * p_.num_candidates * delta_stride_) : 0),
+        candidate_along_(num_slots_ * p_.num_dims * p_.num_candidates),
+        candidate_gamma_(num_slots_ * p_.num_candidates),
+        columns_(num_slots_ * p_.dim * column_stride_ + kGemmSlack),
+        x_(grad_only(num_slots_ * p_.num_dims * part_anchors_ * column_stride_)),
+        tile_sums_(grad_only(num_slots_ * part_tiles_ * 2 * sums_size())),
+        sums_(grad_only(num_slots_ * 2 * sums_size())),
         cross_entropy_(p_.num_layers * p_.num_dims * p_.num_anchors) {}
 
-  void run() {
-    const int64_t num_layers = static_cast<int64_t>(layers_.size());
-    for (int64_t l = 0; l < num_layers; l += wave_layers_) {
-      for (int64_t first = 0; first < p_.num_anchors; first += wave_anchors_) {
-        run({layers_.data() + l, std::min(wave_layers_, num_layers - l), first,
-             std::min(wave_anchors_, p_.num_anchors - first)});
-      }
+  int64_t num_slots() const { return num_slots_; }
+  int64_t num_parts() const { return ceil_div(p_.num_anchors, part_anchors_); }
+
+  // Of a layer with cells, in its slot w.
+  struct Part {
+    int64_t layer, w;
+    int64_t first, num_anchors;
+  };
+  Part part(int64_t layer, int64_t w, int64_t index) const {
+    const Range anchors(index, p_.num_anchors, part_anchors_);
+    return {layer, w, anchors.first, anchors.last - anchors.first};
+  }
+
+  // Three steps of a part, each of so many tasks.
+  int64_t num_row_tasks(const Part& part) const {
+    return num_anchor_row_tasks(part) +
+           (part.first == 0 ? Range::count(p_.num_candidates, kRowGrain) : 0);
+  }
+  int64_t num_anchor_tasks(const Part& part) const { return Range::count(part.num_anchors, tile_); }
+  int64_t num_candidate_tasks() const { return Range::count(p_.num_candidates, tile_); }
+
+  void rows(const Part& part, int64_t task) const {
+    const int64_t of_candidates = task - num_anchor_row_tasks(part);
+    if (of_candidates < 0) {
+      center_anchors(part, Range(task, part.num_anchors, kRowGrain));
+    } else {
+      center_candidates(part, Range(of_candidates, p_.num_candidates, kRowGrain));
     }
+  }
+  void anchors(const Part& part, int64_t task) const {
+    anchors(part, Range(task, part.num_anchors, tile_));
+  }
+  void candidates(const Part& part, int64_t task) const {
+    candidates(part, Range(task, p_.num_candidates, tile_));
   }
 
   // The cross-entropy of each anchor (B,); left as it was where the weight is 0.
@@ -82,19 +122,16 @@ class Cells {
   }
 
  private:
-  static constexpr int64_t kWaveBytes = 12 << 20;  // working set of a wave
-  static constexpr int64_t kTasksPerThread = 4;    // a wave takes in layers until there are as many
+  static constexpr int64_t kMostBytes = 12 << 20;  // working set of all slots
+  static constexpr int64_t kTasksPerThread = 4;    // slots are added until there are as many
   static constexpr int64_t kMinTile = 32;          // rows of one task
   static constexpr int64_t kMaxTile = 128;
   static constexpr int64_t kTilesPerBatch = 8;  // tiles grow from B = 256 on
-  static constexpr int64_t kCenterGrain = 16;
+  static constexpr int64_t kRowGrain = 32;
 
-  // Layers that are worked on together, or a part of the anchors of one layer. Below, w counts a wave's layers.
-  struct Wave {
-    const int64_t* layers;
-    int64_t num_layers;
-    int64_t first, num_anchors;
-  };
+  int64_t num_anchor_row_tasks(const Part& part) const {
+    return Range::count(part.num_anchors, kRowGrain);
+  }
 
   // Where products of rows go until they are finished: the rows' own gradients, where those are as wide.
   struct Products {
@@ -122,24 +159,22 @@ class Cells {
     return p_.num_dims * anchors * column_stride_ * static_cast<int64_t>(sizeof(Product));
   }
 
-  int64_t choose_layers() const {
+  int64_t choose_slots() const {
     const int64_t delta_rows = p_.num_anchors + p_.num_candidates;
     const int64_t delta = delta_rows * delta_stride_ + p_.dim * column_stride_;
     const int64_t bytes = x_bytes(p_.num_anchors) + delta * static_cast<int64_t>(sizeof(Product));
     const int64_t tiles = ceil_div(p_.num_anchors, tile_);
     const int64_t wanted = ceil_div(kTasksPerThread * at::get_num_threads(), tiles);
-    const int64_t available = std::max<int64_t>(1, static_cast<int64_t>(layers_.size()));
-    const int64_t most = std::min(wanted, std::max<int64_t>(1, kWaveBytes / bytes));
-    return ceil_div(available, ceil_div(available, most));
+    return std::min({wanted, p_.num_layers, std::max<int64_t>(1, kMostBytes / bytes)});
   }
 
-  int64_t choose_anchors() const {
-    const int64_t tiles = kWaveBytes / x_bytes(tile_);
+  int64_t choose_part() const {
+    const int64_t tiles = kMostBytes / x_bytes(tile_);
     return std::min(p_.num_anchors, std::max<int64_t>(1, tiles) * tile_);
   }
 
   Product* anchor_delta(int64_t w, int64_t i) const {
-    return anchor_delta_.get() + (w * wave_anchors_ + i) * delta_stride_;
+    return anchor_delta_.get() + (w * part_anchors_ + i) * delta_stride_;
   }
   Product* candidate_delta(int64_t w, int64_t j) const {
     return candidate_delta_.get() + (w * p_.num_candidates + j) * delta_stride_;
@@ -148,9 +183,9 @@ class Cells {
     return columns_.get() + (w * p_.dim + d) * column_stride_;
   }
   double* anchor_along(int64_t w, int64_t k) const {
-    return anchor_along_.get() + (w * p_.num_dims + k) * wave_anchors_;
+    return anchor_along_.get() + (w * p_.num_dims + k) * part_anchors_;
   }
-  double* anchor_gamma(int64_t w) const { return anchor_gamma_.get() + w * wave_anchors_; }
+  double* anchor_gamma(int64_t w) const { return anchor_gamma_.get() + w * part_anchors_; }
   double* candidate_along(int64_t w, int64_t k) const {
     return candidate_along_.get() + (w * p_.num_dims + k) * p_.num_candidates;
   }
@@ -158,43 +193,29 @@ class Cells {
     return candidate_gamma_.get() + w * p_.num_candidates;
   }
   Product* x(int64_t w, int64_t k, int64_t i) const {
-    return x_.get() + ((w * p_.num_dims + k) * wave_anchors_ + i) * column_stride_;
+    return x_.get() + ((w * p_.num_dims + k) * part_anchors_ + i) * column_stride_;
   }
   // (2, K, M): G times the anchors' inverse norms, and G C, summed over the anchors of a tile, or over all.
   double* tile_sums(int64_t w, int64_t tile) const {
-    return tile_sums_.get() + (w * wave_tiles_ + tile) * 2 * sums_size();
+    return tile_sums_.get() + (w * part_tiles_ + tile) * 2 * sums_size();
   }
   double* sums(int64_t w) const { return sums_.get() + w * 2 * sums_size(); }
 
-  void run(const Wave& wave) const {
-    for_row_ranges(
-        wave.num_layers, wave.num_anchors, kCenterGrain,
-        [&](int64_t w, int64_t first, int64_t last) { center_anchors(wave, w, first, last); });
-    if (wave.first == 0) {
-      for_row_ranges(
-          wave.num_layers, p_.num_candidates, kCenterGrain,
-          [&](int64_t w, int64_t first, int64_t last) { center_candidates(wave, w, first, last); });
-    }
-    for_row_ranges(wave.num_layers, wave.num_anchors, tile_,
-                   [&](int64_t w, int64_t first, int64_t last) { anchors(wave, w, first, last); });
-    for_row_ranges(
-        wave.num_layers, p_.num_candidates, tile_,
-        [&](int64_t w, int64_t first, int64_t last) { candidates(wave, w, first, last); });
-  }
-
   // -- center --
 
-  void center_anchors(const Wave& wave, int64_t w, int64_t first, int64_t last) const {
-    const Side<T> s = e_.anchors(wave.layers[w]);
-    for (int64_t i = first; i < last; ++i) {
-      anchor_gamma(w)[i] =
-          center(s, wave.first + i, anchor_delta(w, i), anchor_along(w, 0) + i, wave_anchors_);
+  void center_anchors(const Part& part, const Range& range) const {
+    const Side<T> s = e_.anchors(part.layer);
+    for (int64_t i = range.first; i < range.last; ++i) {
+      anchor_gamma(part.w)[i] = center(s, part.first + i, anchor_delta(part.w, i),
+                                       anchor_along(part.w, 0) + i, part_anchors_);
     }
   }
 
-  void center_candidates(const Wave& wave, int64_t w, int64_t first, int64_t last) const {
-    const Side<T> s = e_.candidates(wave.layers[w]);
-    const Buffer<Product> unkept(rows_.wants_grad() ? 0 : kCenterGrain * delta_stride_);
+  void center_candidates(const Part& part, const Range& range) const {
+    const auto [first, last] = range;
+    const int64_t w = part.w;
+    const Side<T> s = e_.candidates(part.layer);
+    const Buffer<Product> unkept(rows_.wants_grad() ? 0 : kRowGrain * delta_stride_);
     Product* delta = rows_.wants_grad() ? candidate_delta(w, first) : unkept.get();
     for (int64_t j = first; j < last; ++j) {
       candidate_gamma(w)[j] = center(s, j, delta + (j - first) * delta_stride_,
@@ -229,9 +250,10 @@ class Cells {
 
   // -- anchors --
 
-  // Anchors [first, last) of the wave.
-  void anchors(const Wave& wave, int64_t w, int64_t first, int64_t last) const {
-    const int64_t l = wave.layers[w];
+  void anchors(const Part& part, const Range& range) const {
+    const auto [first, last] = range;
+    const int64_t l = part.layer;
+    const int64_t w = part.w;
     const int64_t rows = last - first;
     const Buffer<Product> u(rows * column_stride_);
     const Buffer<double> row_sums(grad_only(2 * p_.num_dims * rows));
@@ -244,7 +266,7 @@ class Cells {
                      k > 0});
       if (e_.weight(l, k) != 0) {
         for (int64_t i = 0; i < rows; ++i) {
-          anchor_cell(wave, w, k, first + i, u.get() + i * column_stride_,
+          anchor_cell(part, k, first + i, u.get() + i * column_stride_,
                       row_sums.get() + k * rows + i, p_.num_dims * rows, scratch.get());
         }
       } else if (rows_.wants_grad()) {
@@ -253,21 +275,22 @@ class Cells {
     }
     suffix_sum(w, e_.used_dims(l), first, rows);
     const Buffer<Product> own(kProductsApart ? grad_only(rows * delta_stride_) : 0);
-    const Products products = place_products(e_.anchors(l), wave.first + first, own.get());
+    const Products products = place_products(e_.anchors(l), part.first + first, own.get());
     anchor_products(w, l, first, rows, products);
     for (int64_t i = 0; i < rows; ++i) {
       const CellTerms<Product> terms{products.rows + i * products.stride, row_sums.get() + i,
                                      row_sums.get() + p_.num_dims * rows + i, rows};
-      rows_.finish(e_.anchors(l), wave.first + first + i, &terms, scratch.get());
+      rows_.finish(e_.anchors(l), part.first + first + i, &terms, scratch.get());
     }
   }
 
-  // Cross-entropy of anchor i of the wave in cell (l, k), and its row of X. `products` holds <delta_i, delta_j>.
-  void anchor_cell(const Wave& wave, int64_t w, int64_t k, int64_t i, const Product* products,
+  // Cross-entropy of anchor i of the part at prefix k, and its row of X. `products` holds <delta_i, delta_j>.
+  void anchor_cell(const Part& part, int64_t k, int64_t i, const Product* products,
                    double* row_sums, int64_t cosines_offset, double* scratch) const {
-    const int64_t l = wave.layers[w];
+    const int64_t l = part.layer;
+    const int64_t w = part.w;
     const int64_t m = p_.num_candidates;
-    const int64_t anchor = wave.first + i;
+    const int64_t anchor = part.first + i;
     const int64_t target = p_.target_offset + anchor;
     const double ia = e_.prefix_inverse(e_.anchors(l), k)[anchor];
     const double* ib = e_.prefix_inverse(e_.candidates(l), k);
@@ -319,11 +342,13 @@ class Cells {
 
   // -- candidates --
 
-  void candidates(const Wave& wave, int64_t w, int64_t first, int64_t last) const {
-    const Side<T> s = e_.candidates(wave.layers[w]);
+  void candidates(const Part& part, const Range& range) const {
+    const auto [first, last] = range;
+    const int64_t w = part.w;
+    const Side<T> s = e_.candidates(part.layer);
     const Products products = place_products(s, first, candidate_products(w, first));
-    if (rows_.wants_grad()) collect_tiles(wave, w, s.layer, first, last, products);
-    if (wave.first + wave.num_anchors < p_.num_anchors) return;
+    if (rows_.wants_grad()) collect_tiles(part, range, products);
+    if (part.first + part.num_anchors < p_.num_anchors) return;
     const Buffer<double> scratch(rows_.scratch_size());
     for (int64_t j = first; j < last; ++j) {
       const CellTerms<Product> terms{products.rows + (j - first) * products.stride, sums(w) + j,
@@ -333,34 +358,34 @@ class Cells {
   }
 
   // X^T delta, chunk by chunk, and the sums of all tiles.
-  void collect_tiles(const Wave& wave, int64_t w, int64_t l, int64_t first, int64_t last,
-                     const Products& out) const {
+  void collect_tiles(const Part& part, const Range& range, const Products& out) const {
+    const auto [first, last] = range;
+    const int64_t w = part.w;
     const int64_t m = p_.num_candidates;
-    for (int64_t k = 0; k < e_.used_dims(l); ++k) {
+    for (int64_t k = 0; k < e_.used_dims(part.layer); ++k) {
       const int64_t begin = e_.chunk_begin(k);
-      gemm<Product>({last - first, e_.chunk_size(k), wave.num_anchors, x(w, k, 0) + first, 1,
+      gemm<Product>({last - first, e_.chunk_size(k), part.num_anchors, x(w, k, 0) + first, 1,
                      column_stride_, anchor_delta(w, 0) + begin, delta_stride_, out.rows + begin,
-                     out.stride, wave.first > 0});
+                     out.stride, part.first > 0});
     }
-    for (int64_t part = 0; part < 2 * p_.num_dims; ++part) {
-      double* total = sums(w) + part * m;
-      if (wave.first == 0) std::fill(total + first, total + last, 0.0);
-      for (int64_t tile = 0; tile < ceil_div(wave.num_anchors, tile_); ++tile)
-        add(tile_sums(w, tile) + part * m + first, last - first, total + first);
+    for (int64_t row = 0; row < 2 * p_.num_dims; ++row) {
+      double* total = sums(w) + row * m;
+      if (part.first == 0) std::fill(total + first, total + last, 0.0);
+      for (int64_t tile = 0; tile < num_anchor_tasks(part); ++tile)
+        add(tile_sums(w, tile) + row * m + first, last - first, total + first);
     }
   }
 
   const Embeddings<T>& e_;
   const LossParams<T>& p_;
   const RowGradient<T>& rows_;
-  const std::vector<int64_t>& layers_;
   const int64_t tile_;
   const int64_t delta_stride_, column_stride_;
-  const int64_t wave_layers_, wave_anchors_, wave_tiles_;  // W, A
-  const Buffer<Product> anchor_delta_;                     // (W, A, delta_stride)
-  const Buffer<double> anchor_along_;                      // <c, u_k> (W, K, A)
-  const Buffer<double> anchor_gamma_;                      // (W, A)
-  const Buffer<Product> candidate_delta_;                  // (W, M, delta_stride)
+  const int64_t num_slots_, part_anchors_, part_tiles_;  // W, A
+  const Buffer<Product> anchor_delta_;                   // (W, A, delta_stride)
+  const Buffer<double> anchor_along_;                    // <c, u_k> (W, K, A)
+  const Buffer<double> anchor_gamma_;                    // (W, A)
+  const Buffer<Product> candidate_delta_;                // (W, M, delta_stride)
   const Buffer<Product> candidate_products_;  // (W, M, delta_stride), kProductsApart only
   const Buffer<double> candidate_along_;      // <c, u_k> (W, K, M)
   const Buffer<double> candidate_gamma_;      // (W, M)
@@ -370,21 +395,6 @@ class Cells {
   const Buffer<double> sums_;                 // (W, 2, K, M)
   const Buffer<double> cross_entropy_;        // (L, K, B)
 };
-
-// Rows that meet no other: all of a layer without cells, and own candidates where others were gathered.
-template <class T>
-void finish_rows_outside_cells(const Embeddings<T>& e, const RowGradient<T>& rows) {
-  const LossParams<T>& p = e.params();
-  at::parallel_for(0, p.num_layers * p.num_texts, 16, [&](int64_t begin, int64_t end) {
-    const Buffer<double> scratch(rows.scratch_size());
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t l = i / p.num_texts;
-      const int64_t n = i % p.num_texts;
-      if (e.used_dims(l) == 0 || (p.gathered && n >= p.num_anchors))
-        rows.template finish<T>(e.texts(l), n, nullptr, scratch.get());
-    }
-  });
-}
 
 double mean(const double* x, int64_t n) {
   double total = 0;
@@ -411,17 +421,98 @@ void reduce(const LossParams<T>& p, const Cells<T, Product>& cells, const RowGra
   *p.loss = static_cast<T>(loss);
 }
 
+// A layer's steps; see the head of this file.
 template <class T, class Product>
-void run(const LossParams<T>& params) {
+class Steps {
+ public:
+  Steps(const Embeddings<T>& embeddings, const RowGradient<T>& rows, const Cells<T, Product>& cells,
+        const ReadRows& read)
+      : e_(embeddings), p_(embeddings.params()), rows_(rows), cells_(cells), read_(read) {}
+
+  void run() const {
+    Pipeline pipeline;
+    for (int64_t i = 0; i < p_.num_layers; ++i)
+      pipeline.layers.push_back((i + p_.num_layers - 1) % p_.num_layers);
+    pipeline.num_steps = outside_step() + 1;
+    if (read_) pipeline.num_reading_steps = kCenter;
+    pipeline.num_leading_steps = kParts;
+    pipeline.num_slots = cells_.num_slots();
+    pipeline.num_tasks = [this](int64_t layer, int64_t step) { return num_tasks(layer, step); };
+    pipeline.run_task = [this](int64_t layer, int64_t step, int64_t slot, int64_t task) {
+      run_task(layer, step, slot, task);
+    };
+    pipeline.run();
+  }
+
+ private:
+  enum Step : int64_t { kRead, kCenter, kTeacher, kParts };
+  enum PartStep : int64_t { kRows, kAnchors, kCandidates, kPartSteps };
+  static constexpr int64_t kTexts = 16;  // of a task
+
+  int64_t outside_step() const { return kParts + kPartSteps * cells_.num_parts(); }
+  bool has_cells(int64_t layer) const { return e_.used_dims(layer) > 0; }
+  typename Cells<T, Product>::Part part(int64_t layer, int64_t slot, int64_t step) const {
+    return cells_.part(layer, slot, (step - kParts) / kPartSteps);
+  }
+
+  int64_t num_tasks(int64_t layer, int64_t step) const {
+    const int64_t texts = Range::count(p_.num_texts, kTexts);
+    if (step == kRead) return texts + Range::count(e_.gathered(layer).count, kTexts);
+    if (step == kCenter) return has_cells(layer) ? 1 : 0;
+    if (step == kTeacher) return rows_.has_kl() && layer == p_.num_layers - 1 ? texts : 0;
+    if (step == outside_step()) return has_cells(layer) && !p_.gathered ? 0 : texts;
+    if (!has_cells(layer)) return 0;
+    const PartStep part_step = static_cast<PartStep>((step - kParts) % kPartSteps);
+    if (part_step == kRows) return cells_.num_row_tasks(part(layer, 0, step));
+    if (part_step == kAnchors) return cells_.num_anchor_tasks(part(layer, 0, step));
+    return cells_.num_candidate_tasks();
+  }
+
+  void run_task(int64_t layer, int64_t step, int64_t slot, int64_t task) const {
+    const Range texts(task, p_.num_texts, kTexts);
+    if (step == kRead) return read(layer, task);
+    if (step == kCenter) return e_.compute_center(layer);
+    if (step == kTeacher) return rows_.compute_teacher(texts.first, texts.last);
+    if (step == outside_step()) return finish_outside(layer, texts);
+    const PartStep part_step = static_cast<PartStep>((step - kParts) % kPartSteps);
+    if (part_step == kRows) return cells_.rows(part(layer, slot, step), task);
+    if (part_step == kAnchors) return cells_.anchors(part(layer, slot, step), task);
+    cells_.candidates(part(layer, slot, step), task);
+  }
+
+  void read(int64_t layer, int64_t task) const {
+    const int64_t of_gathered = task - Range::count(p_.num_texts, kTexts);
+    if (of_gathered >= 0) {
+      const Side<T> s = e_.gathered(layer);
+      const Range range(of_gathered, s.count, kTexts);
+      return e_.compute_norms(s.part(range.first, range.last));
+    }
+    const Range range(task, p_.num_texts, kTexts);
+    if (read_) read_(layer, range.first, range.last);
+    e_.compute_norms(e_.texts(layer).part(range.first, range.last));
+  }
+
+  // Rows that meet no other: all of a layer without cells, and own candidates where others were gathered.
+  void finish_outside(int64_t layer, const Range& texts) const {
+    const Buffer<double> scratch(rows_.scratch_size());
+    const int64_t inside = has_cells(layer) ? p_.num_anchors : 0;
+    for (int64_t n = std::max(texts.first, inside); n < texts.last; ++n)
+      rows_.template finish<T>(e_.texts(layer), n, nullptr, scratch.get());
+  }
+
+  const Embeddings<T>& e_;
+  const LossParams<T>& p_;
+  const RowGradient<T>& rows_;
+  const Cells<T, Product>& cells_;
+  const ReadRows& read_;
+};
+
+template <class T, class Product>
+void run(const LossParams<T>& params, const ReadRows& read) {
   const Embeddings<T> embeddings(params);
   const RowGradient<T> rows(embeddings);
-  std::vector<int64_t> layers;
-  for (int64_t l = 0; l < params.num_layers; ++l) {
-    if (embeddings.used_dims(l) > 0) layers.push_back(l);
-  }
-  Cells<T, Product> cells(embeddings, rows, layers);
-  cells.run();
-  finish_rows_outside_cells(embeddings, rows);
+  const Cells<T, Product> cells(embeddings, rows);
+  Steps<T, Product>(embeddings, rows, cells, read).run();
   reduce(params, cells, rows);
 }
 
@@ -431,13 +522,13 @@ void run(const LossParams<T>& params) {
 constexpr int64_t kFewDims = 8;
 
 template <>
-void loss(const LossParams<float>& params) {
-  params.dims[0] < kFewDims ? run<float, double>(params) : run<float, float>(params);
+void loss(const LossParams<float>& params, const ReadRows& read) {
+  params.dims[0] < kFewDims ? run<float, double>(params, read) : run<float, float>(params, read);
 }
 
 template <>
-void loss(const LossParams<double>& params) {
-  run<double, double>(params);
+void loss(const LossParams<double>& params, const ReadRows& read) {
+  run<double, double>(params, read);
 }
 
 }  // namespace m2d::cpu

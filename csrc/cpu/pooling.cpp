@@ -205,19 +205,22 @@ void for_each_text(const PoolParams& p, const Visit& visit) {
 }  // namespace
 
 template <class Scalar, class Acc>
-void pool(const PoolParams& p) {
-  const auto begin_text = [&p](int64_t i) -> TokenStream<Scalar, Acc> {
+void pool_rows(const PoolParams& p, int64_t first, int64_t last) {
+  pool_texts<Scalar, Acc>(first, last, p.dim, [&p](int64_t i) -> TokenStream<Scalar, Acc> {
     const Place at = place(p, i);
     const TokenBlock& block = p.blocks[at.block];
     const StateView& state = p.states[at.layer * p.num_blocks + at.block];
     const TokenSpan span = token_span(block, at.text);
     return {static_cast<const Scalar*>(state.data) + state_offset(block, state, at.text),
-            state.token_stride, static_cast<const Acc*>(block.coefficients) + span.first, span.count,
-            static_cast<Acc*>(p.pooled) + i * p.dim};
-  };
-  at::parallel_for(0, p.num_layers * p.num_texts, 1, [&](int64_t first, int64_t last) {
-    pool_texts<Scalar, Acc>(first, last, p.dim, begin_text);
+            state.token_stride, static_cast<const Acc*>(block.coefficients) + span.first,
+            span.count, static_cast<Acc*>(p.pooled) + i * p.dim};
   });
+}
+
+template <class Scalar, class Acc>
+void pool(const PoolParams& p) {
+  at::parallel_for(0, p.num_layers * p.num_texts, 1,
+                   [&p](int64_t first, int64_t last) { pool_rows<Scalar, Acc>(p, first, last); });
 }
 
 template <class Scalar, class Acc>
@@ -293,6 +296,7 @@ void pool_max_backward(const PoolParams& p, const Acc* pooled_grad, const int32_
 }
 
 #define M2D_INSTANTIATE(Scalar, Acc)                                                              \
+  template void pool_rows<Scalar, Acc>(const PoolParams&, int64_t, int64_t);                      \
   template void pool<Scalar, Acc>(const PoolParams&);                                             \
   template void pool_backward<Scalar, Acc>(const PoolParams&, const Acc*, const int64_t*, Acc,    \
                                            bool);                                                 \

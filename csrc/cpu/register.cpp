@@ -23,21 +23,27 @@ void dispatch_states(at::ScalarType type, const Kernel& kernel) {
   });
 }
 
-Tensor pool_states(PoolProblem& problem) {
+Tensor allocate_pooled(PoolProblem& problem) {
   const PoolParams& p = problem.params;
   Tensor pooled =
       at::empty({p.num_layers, p.num_texts, p.dim}, problem.options.dtype(problem.accumulate_type));
   problem.params.pooled = pooled.data_ptr();
-  dispatch_states(at::typeMetaToScalarType(problem.options.dtype()), [&](auto scalar, auto acc) {
-    pool<decltype(scalar), decltype(acc)>(problem.params);
-  });
   return pooled;
+}
+
+template <class Kernel>
+void dispatch_problem(const PoolProblem& problem, const Kernel& kernel) {
+  dispatch_states(at::typeMetaToScalarType(problem.options.dtype()), kernel);
 }
 
 Tensor pool_op(at::TensorList hidden_states, at::TensorList coefficients,
                const std::optional<Tensor>& cu_seqlens) {
   PoolProblem problem = read_states(hidden_states, coefficients, cu_seqlens);
-  return pool_states(problem);
+  Tensor pooled = allocate_pooled(problem);
+  dispatch_problem(problem, [&](auto scalar, auto acc) {
+    pool<decltype(scalar), decltype(acc)>(problem.params);
+  });
+  return pooled;
 }
 
 GradProblem allocate_grads(const Tensor& pooled_grad, at::IntArrayRef layers,
@@ -108,12 +114,9 @@ void add_pooled_grad_inplace_op(const Tensor& grad, const Tensor& pooled_grad,
 std::tuple<Tensor, Tensor> pool_max_op(at::TensorList hidden_states, at::TensorList coefficients,
                                        const std::optional<Tensor>& cu_seqlens) {
   PoolProblem problem = read_states(hidden_states, coefficients, cu_seqlens);
-  const PoolParams& p = problem.params;
-  Tensor pooled =
-      at::empty({p.num_layers, p.num_texts, p.dim}, problem.options.dtype(problem.accumulate_type));
+  Tensor pooled = allocate_pooled(problem);
   Tensor indices = at::empty(pooled.sizes(), problem.options.dtype(at::kInt));
-  problem.params.pooled = pooled.data_ptr();
-  dispatch_states(at::typeMetaToScalarType(problem.options.dtype()), [&](auto scalar, auto acc) {
+  dispatch_problem(problem, [&](auto scalar, auto acc) {
     pool_max<decltype(scalar), decltype(acc)>(problem.params, indices.data_ptr<int32_t>());
   });
   return {pooled, indices};
@@ -137,12 +140,12 @@ std::vector<Tensor> pool_max_backward_op(const Tensor& pooled_grad, const Tensor
 }
 
 LossOutputs run_loss(const Tensor& pooled, const std::optional<Tensor>& candidates,
-                     int64_t target_offset, const LossOptions& options) {
+                     int64_t target_offset, const LossOptions& options, const ReadRows& read = {}) {
   LossOutputs outputs;
   use_one_thread_after_fork();
   AT_DISPATCH_FLOATING_TYPES(pooled.scalar_type(), "m2d_ext", [&] {
     auto problem = read_loss<scalar_t>(pooled, candidates, target_offset, options);
-    loss<scalar_t>(problem.params);
+    loss<scalar_t>(problem.params, read);
     outputs = std::move(problem.outputs);
   });
   return outputs;
@@ -156,10 +159,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_op(at::TensorList hidden_states,
                                                    double scale, double kl_temperature,
                                                    bool normalize, bool needs_grad) {
   PoolProblem problem = read_states(hidden_states, coefficients, cu_seqlens);
-  const Tensor pooled = pool_states(problem);
+  const Tensor pooled = allocate_pooled(problem);
+  ReadRows read;
+  dispatch_problem(problem, [&](auto scalar, auto acc) {
+    read = [&p = problem.params](int64_t layer, int64_t first, int64_t last) {
+      pool_rows<decltype(scalar), decltype(acc)>(p, layer * p.num_texts + first,
+                                                 layer * p.num_texts + last);
+    };
+  });
   LossOutputs out = run_loss(
       pooled, std::nullopt, 0,
-      {weights, kl_weights, dims, num_columns, scale, kl_temperature, normalize, needs_grad});
+      {weights, kl_weights, dims, num_columns, scale, kl_temperature, normalize, needs_grad}, read);
   return {out.loss, out.cells, out.kl, out.pooled_grad};
 }
 

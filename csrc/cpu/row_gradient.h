@@ -25,11 +25,21 @@ class RowGradient {
                             [](double v) { return v != 0; })),
         teacher_(has_kl_ ? p_.num_texts * p_.dim : 0),
         teacher_lse_(has_kl_ ? p_.num_texts : 0),
-        kl_(has_kl_ ? p_.num_layers * p_.num_texts : 0) {
-    if (has_kl_) compute_teacher();
-  }
+        kl_(has_kl_ ? p_.num_layers * p_.num_texts : 0) {}
 
   bool wants_grad() const { return wants_grad_; }
+  bool has_kl() const { return has_kl_; }
+
+  // Before any row is finished: q = softmax(E[L-1] / tau) and its log-sum-exp, of texts [first, last).
+  void compute_teacher(int64_t first, int64_t last) const {
+    const Side<T> s = e_.texts(p_.num_layers - 1);
+    const Buffer<double> p(p_.dim);
+    for (int64_t n = first; n < last; ++n) {
+      const MaxSum z = softmax(s, n, p.get());
+      scale(p.get(), 1.0 / z.sum, p_.dim, teacher_.get() + n * p_.dim);
+      teacher_lse_.get()[n] = z.max + std::log(z.sum);
+    }
+  }
 
   // Doubles that `finish` works in.
   int64_t scratch_size() const { return 2 * p_.dim; }
@@ -46,24 +56,9 @@ class RowGradient {
   const double* kl(int64_t l) const { return kl_.get() + l * p_.num_texts; }
 
  private:
-  static constexpr int64_t kRowGrain = 16;
-
   // Factor from P to E.
   double factor(const Side<T>& s, int64_t i) const {
     return p_.normalize ? e_.full_inverse(s, i) : 1.0;
-  }
-
-  // q = softmax(E[L-1] / tau) and its log-sum-exp.
-  void compute_teacher() const {
-    const Side<T> s = e_.texts(p_.num_layers - 1);
-    at::parallel_for(0, p_.num_texts, kRowGrain, [&](int64_t begin, int64_t end) {
-      const Buffer<double> p(p_.dim);
-      for (int64_t n = begin; n < end; ++n) {
-        const MaxSum z = softmax(s, n, p.get());
-        scale(p.get(), 1.0 / z.sum, p_.dim, teacher_.get() + n * p_.dim);
-        teacher_lse_.get()[n] = z.max + std::log(z.sum);
-      }
-    });
   }
 
   struct MaxSum {

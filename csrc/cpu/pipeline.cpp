@@ -1,0 +1,143 @@
+#include "pipeline.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <exception>
+#include <mutex>
+#include <optional>
+#include <thread>
+
+namespace m2d::cpu {
+namespace {
+
+struct Task {
+  int64_t place, step, slot, index;  // place: of the layer in the pipeline's order
+};
+
+// Hands tasks to threads. All but the constructor may be called by several at once.
+class Scheduler {
+ public:
+  explicit Scheduler(const Pipeline& pipeline)
+      : p_(pipeline),
+        layers_(pipeline.layers.size()),
+        unfinished_layers_(static_cast<int64_t>(layers_.size())),
+        free_slots_(pipeline.num_slots),
+        num_threads_(at::get_num_threads()) {
+    for (int64_t i = 0; i < p_.num_slots; ++i) free_slots_[i] = i;
+    for (size_t place = 0; place < layers_.size(); ++place) begin_step(place, 0);
+  }
+
+  // Works until nothing is left to do.
+  void work() {
+    for (;;) {
+      std::unique_lock<std::mutex> lock(mutex_);
+      if (unfinished_layers_ == 0 || failure_) return;
+      const std::optional<Task> task = next_task();
+      lock.unlock();
+      if (!task) {
+        std::this_thread::yield();
+        continue;
+      }
+      try {
+        p_.run_task(p_.layers[task->place], task->step, task->slot, task->index);
+      } catch (...) {
+        lock.lock();
+        failure_ = std::current_exception();
+        return;
+      }
+      lock.lock();
+      finish(*task);
+    }
+  }
+
+  void rethrow() const {
+    if (failure_) std::rethrow_exception(failure_);
+  }
+
+ private:
+  static constexpr int64_t kNone = -1;
+
+  struct Layer {
+    int64_t step = 0;
+    int64_t num_tasks = 0;  // of the step
+    int64_t started = 0, finished = 0;
+    int64_t slot = kNone;
+
+    bool has_task() const { return started < num_tasks; }
+  };
+
+  bool reads(int64_t step) const { return step < p_.num_reading_steps; }
+
+  std::optional<Task> next_task() {
+    int64_t reading = kNone;
+    int64_t computing = kNone;
+    for (int64_t place = 0; place < static_cast<int64_t>(layers_.size()); ++place) {
+      const Layer& layer = layers_[place];
+      if (!layer.has_task()) continue;
+      if (reads(layer.step)) {
+        if (reading == kNone) reading = place;
+      } else if (computing == kNone && take_slot(place)) {
+        computing = place;
+      }
+      if (reading != kNone && computing != kNone) break;
+    }
+    const bool may_compute = reading == kNone || computing_threads_ < std::max(1, num_threads_ / 2);
+    const int64_t place = computing != kNone && may_compute ? computing : reading;
+    if (place == kNone) return std::nullopt;
+    Layer& layer = layers_[place];
+    if (!reads(layer.step)) ++computing_threads_;
+    return Task{place, layer.step, layer.slot, layer.started++};
+  }
+
+  // Whether the layer may go on: it has a slot where its step needs one.
+  bool take_slot(int64_t place) {
+    Layer& layer = layers_[place];
+    if (layer.slot != kNone || layer.step < p_.num_leading_steps) return true;
+    if (layers_.front().step < p_.num_leading_steps || free_slots_.empty()) return false;
+    layer.slot = free_slots_.back();
+    free_slots_.pop_back();
+    return true;
+  }
+
+  void finish(const Task& task) {
+    if (!reads(task.step)) --computing_threads_;
+    Layer& layer = layers_[task.place];
+    if (++layer.finished == layer.num_tasks) begin_step(task.place, task.step + 1);
+  }
+
+  // Steps without tasks are passed over.
+  void begin_step(int64_t place, int64_t step) {
+    Layer& layer = layers_[place];
+    layer.started = layer.finished = layer.num_tasks = 0;
+    for (; step < p_.num_steps && layer.num_tasks == 0; ++step) {
+      layer.step = step;
+      layer.num_tasks = p_.num_tasks(p_.layers[place], step);
+    }
+    if (layer.num_tasks > 0) return;
+    layer.step = p_.num_steps;
+    --unfinished_layers_;
+    if (layer.slot != kNone) free_slots_.push_back(layer.slot);
+    layer.slot = kNone;
+  }
+
+  const Pipeline& p_;
+  std::mutex mutex_;
+  std::vector<Layer> layers_;
+  int64_t unfinished_layers_;
+  std::vector<int64_t> free_slots_;
+  const int num_threads_;
+  int computing_threads_ = 0;
+  std::exception_ptr failure_;
+};
+
+}  // namespace
+
+void Pipeline::run() const {
+  Scheduler scheduler(*this);
+  // Each range is one thread's work until the end. Where fewer threads run them, the first ones leave nothing over.
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) { scheduler.work(); });
+  scheduler.rethrow();
+}
+
+}  // namespace m2d::cpu

@@ -1,0 +1,30 @@
+// Layers on their way through the same steps, on all threads, without a barrier that all layers wait at.
+//
+// The first steps of a layer wait for memory and the later ones compute, so that a core which does one leaves idle what
+// the other needs. While there is something to read, one half of the threads at most computes.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+namespace m2d::cpu {
+
+struct Pipeline {
+  std::vector<int64_t> layers;  // in the order in which they start; the first one leads
+  int64_t num_steps = 0;
+  int64_t num_reading_steps = 0;  // those that wait for memory, from the first on
+  int64_t num_leading_steps =
+      0;  // those of the leading layer that all others' later steps wait for
+  // From the first step that is not a leading one until its last, a layer holds one of so many slots.
+  int64_t num_slots = 0;
+
+  // Tasks of a step, which may run in any order and at the same time. They all end before the layer's next step begins.
+  std::function<int64_t(int64_t layer, int64_t step)> num_tasks;
+  std::function<void(int64_t layer, int64_t step, int64_t slot, int64_t task)> run_task;
+
+  // Returns when all is done. Throws what a task threw.
+  void run() const;
+};
+
+}  // namespace m2d::cpu
