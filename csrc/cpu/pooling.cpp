@@ -6,6 +6,7 @@
 #include <c10/util/Half.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <vector>
 
@@ -191,11 +192,28 @@ Place place(const PoolParams& p, int64_t i) {
   return {i / p.num_texts, b, text - p.blocks[b].first_text};
 }
 
+// Calls body(first, last) for ranges of all layers' texts, in parallel. A thread takes a range when it is done with the
+// one before: how fast each of them gets at memory is not known beforehand.
+template <class Body>
+void for_text_ranges(const PoolParams& p, const Body& body) {
+  constexpr int64_t kTexts = 16;
+  const int64_t count = p.num_layers * p.num_texts;
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), (count + kTexts - 1) / kTexts);
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (;;) {
+      const int64_t first = next.fetch_add(kTexts, std::memory_order_relaxed);
+      if (first >= count) return;
+      body(first, std::min(count, first + kTexts));
+    }
+  });
+}
+
 // Calls visit(layer, block, text of the block) for every text of every layer, in parallel.
 template <class Visit>
 void for_each_text(const PoolParams& p, const Visit& visit) {
-  at::parallel_for(0, p.num_layers * p.num_texts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
+  for_text_ranges(p, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
       const Place at = place(p, i);
       visit(at.layer, at.block, at.text);
     }
