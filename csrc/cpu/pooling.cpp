@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "kernels.h"
@@ -17,39 +18,34 @@
 namespace m2d::cpu {
 namespace {
 
-// A processor's prefetchers follow several streams of consecutive tokens better than one: so many texts are summed
-// at a time, each in the order of its tokens.
-constexpr int kStreams = 4;
-
-// One token of each of kStreams texts. Dimension-inner: the rows of sums stay in the first-level cache.
-template <class Scalar, class Acc>
-M2D_MULTIVERSION void add_tokens(const Scalar* __restrict x0, const Scalar* __restrict x1,
-                                 const Scalar* __restrict x2, const Scalar* __restrict x3, Acc a0,
-                                 Acc a1, Acc a2, Acc a3, int64_t dim, Acc* __restrict pooled0,
-                                 Acc* __restrict pooled1, Acc* __restrict pooled2,
-                                 Acc* __restrict pooled3) {
+// to[i] += a[i] from[i] of four rows. Dimension-inner: one of the two stays in the first-level cache.
+template <class From, class To, class Acc>
+M2D_MULTIVERSION void add_four_rows(const From* __restrict from0, const From* __restrict from1,
+                                    const From* __restrict from2, const From* __restrict from3,
+                                    Acc a0, Acc a1, Acc a2, Acc a3, int64_t dim, To* __restrict to0,
+                                    To* __restrict to1, To* __restrict to2, To* __restrict to3) {
   for (int64_t d = 0; d < dim; ++d) {
-    pooled0[d] += a0 * static_cast<Acc>(x0[d]);
-    pooled1[d] += a1 * static_cast<Acc>(x1[d]);
-    pooled2[d] += a2 * static_cast<Acc>(x2[d]);
-    pooled3[d] += a3 * static_cast<Acc>(x3[d]);
+    to0[d] = static_cast<To>(static_cast<Acc>(to0[d]) + a0 * static_cast<Acc>(from0[d]));
+    to1[d] = static_cast<To>(static_cast<Acc>(to1[d]) + a1 * static_cast<Acc>(from1[d]));
+    to2[d] = static_cast<To>(static_cast<Acc>(to2[d]) + a2 * static_cast<Acc>(from2[d]));
+    to3[d] = static_cast<To>(static_cast<Acc>(to3[d]) + a3 * static_cast<Acc>(from3[d]));
   }
 }
 
-template <class Scalar, class Acc>
-M2D_MULTIVERSION void add_token(const Scalar* __restrict token, Acc coefficient, int64_t dim,
-                                Acc* __restrict pooled) {
-  for (int64_t d = 0; d < dim; ++d) pooled[d] += coefficient * static_cast<Acc>(token[d]);
+template <class From, class To, class Acc>
+M2D_MULTIVERSION void add_row(const From* __restrict from, Acc a, int64_t dim, To* __restrict to) {
+  for (int64_t d = 0; d < dim; ++d)
+    to[d] = static_cast<To>(static_cast<Acc>(to[d]) + a * static_cast<Acc>(from[d]));
 }
 
-// A text on its way through its tokens.
-template <class Scalar, class Acc>
+// A text on its way through its tokens. One of Token and Row is const: where from.
+template <class Token, class Row, class Acc>
 struct TokenStream {
-  const Scalar* tokens;
+  Token* tokens;
   int64_t token_stride;
   const Acc* coefficients;
   int64_t num_tokens;
-  Acc* pooled;
+  Row* row;  // what its tokens are summed in, or what is added to them
   int64_t next = 0;
 
   // Whether there is one more token whose coefficient is not 0; `next` is then its index.
@@ -57,30 +53,44 @@ struct TokenStream {
     while (next < num_tokens && coefficients[next] == Acc(0)) ++next;
     return next < num_tokens;
   }
-  const Scalar* token() const { return tokens + next * token_stride; }
+  Token* token() const { return tokens + next * token_stride; }
   Acc coefficient() const { return coefficients[next]; }
+  auto from() const {
+    if constexpr (std::is_const_v<Token>) {
+      return token();
+    } else {
+      return row;
+    }
+  }
+  auto to() const {
+    if constexpr (std::is_const_v<Token>) {
+      return row;
+    } else {
+      return token();
+    }
+  }
 };
 
-// Sums the texts that `begin(i)` starts for i of [first, last).
-template <class Scalar, class Acc, class Begin>
-void pool_texts(int64_t first, int64_t last, int64_t dim, const Begin& begin) {
-  static_assert(kStreams == 4);
-  TokenStream<Scalar, Acc> s[kStreams];
+// Adds the rows of the texts that `begin(i)` starts for i of [first, last), their coefficients times `factor`. A
+// processor's prefetchers follow several streams of consecutive tokens better than one: four texts are on their way at a
+// time, each in the order of its tokens.
+template <class Acc, class Begin>
+void add_texts(int64_t first, int64_t last, int64_t dim, Acc factor, const Begin& begin) {
+  constexpr int kStreams = 4;
+  decltype(begin(0)) s[kStreams];
   int running = 0;
   for (;;) {
     while (running < kStreams && first < last) {
       s[running] = begin(first++);
-      std::fill_n(s[running].pooled, dim, Acc(0));
       if (s[running].seek()) ++running;
     }
     if (running == 0) return;
+    const auto a = [&](int i) { return factor * s[i].coefficient(); };
     if (running == kStreams) {
-      add_tokens(s[0].token(), s[1].token(), s[2].token(), s[3].token(), s[0].coefficient(),
-                 s[1].coefficient(), s[2].coefficient(), s[3].coefficient(), dim, s[0].pooled,
-                 s[1].pooled, s[2].pooled, s[3].pooled);
+      add_four_rows(s[0].from(), s[1].from(), s[2].from(), s[3].from(), a(0), a(1), a(2), a(3), dim,
+                    s[0].to(), s[1].to(), s[2].to(), s[3].to());
     } else {
-      for (int i = 0; i < running; ++i)
-        add_token(s[i].token(), s[i].coefficient(), dim, s[i].pooled);
+      for (int i = 0; i < running; ++i) add_row(s[i].from(), a(i), dim, s[i].to());
     }
     for (int i = 0; i < running; ++i) ++s[i].next;
     for (int i = running - 1; i >= 0; --i)
@@ -116,17 +126,10 @@ void scatter_text(const Acc* pooled_grad, Acc grad_output, const Acc* coefficien
 }
 
 template <class Scalar, class Acc>
-M2D_MULTIVERSION void add_row(const Scalar* __restrict x, const Acc* __restrict row, Acc factor,
+M2D_MULTIVERSION void sum_row(const Scalar* __restrict x, const Acc* __restrict row, Acc factor,
                               int64_t dim, Scalar* __restrict out) {
   for (int64_t d = 0; d < dim; ++d)
     out[d] = static_cast<Scalar>(static_cast<Acc>(x[d]) + factor * row[d]);
-}
-
-template <class Scalar, class Acc>
-M2D_MULTIVERSION void accumulate_row(const Acc* __restrict row, Acc factor, int64_t dim,
-                                     Scalar* __restrict sum) {
-  for (int64_t d = 0; d < dim; ++d)
-    sum[d] = static_cast<Scalar>(static_cast<Acc>(sum[d]) + factor * row[d]);
 }
 
 // `row` holds one token's sum on its way past the caches.
@@ -139,7 +142,7 @@ void add_text(const Scalar* grads, const Acc* pooled_grad, Acc grad_output, cons
     Scalar* to = tokens + t * dim;
     const bool unchanged = coefficients[t] == Acc(0);
     if (!unchanged)
-      add_row(from, pooled_grad, grad_output * coefficients[t], dim, stream ? row : to);
+      sum_row(from, pooled_grad, grad_output * coefficients[t], dim, stream ? row : to);
     if (stream) {
       stream_copy(to, unchanged ? from : row, bytes);
     } else if (unchanged) {
@@ -192,6 +195,16 @@ Place place(const PoolParams& p, int64_t i) {
   return {i / p.num_texts, b, text - p.blocks[b].first_text};
 }
 
+template <class Token, class Row, class Acc>
+TokenStream<Token, Row, Acc> token_stream(const PoolParams& p, int64_t i, Row* row) {
+  const Place at = place(p, i);
+  const TokenBlock& block = p.blocks[at.block];
+  const StateView& state = p.states[at.layer * p.num_blocks + at.block];
+  const TokenSpan span = token_span(block, at.text);
+  return {static_cast<Token*>(state.data) + state_offset(block, state, at.text), state.token_stride,
+          static_cast<const Acc*>(block.coefficients) + span.first, span.count, row};
+}
+
 // Calls body(first, last) for ranges of all layers' texts, in parallel. A thread takes a range when it is done with the
 // one before: how fast each of them gets at memory is not known beforehand.
 template <class Body>
@@ -224,14 +237,10 @@ void for_each_text(const PoolParams& p, const Visit& visit) {
 
 template <class Scalar, class Acc>
 void pool_rows(const PoolParams& p, int64_t first, int64_t last) {
-  pool_texts<Scalar, Acc>(first, last, p.dim, [&p](int64_t i) -> TokenStream<Scalar, Acc> {
-    const Place at = place(p, i);
-    const TokenBlock& block = p.blocks[at.block];
-    const StateView& state = p.states[at.layer * p.num_blocks + at.block];
-    const TokenSpan span = token_span(block, at.text);
-    return {static_cast<const Scalar*>(state.data) + state_offset(block, state, at.text),
-            state.token_stride, static_cast<const Acc*>(block.coefficients) + span.first,
-            span.count, static_cast<Acc*>(p.pooled) + i * p.dim};
+  add_texts(first, last, p.dim, Acc(1), [&p](int64_t i) {
+    Acc* pooled = static_cast<Acc*>(p.pooled) + i * p.dim;
+    std::fill_n(pooled, p.dim, Acc(0));
+    return token_stream<const Scalar, Acc, Acc>(p, i, pooled);
   });
 }
 
@@ -274,16 +283,10 @@ void pool_backward_add(const PoolParams& p, const Acc* pooled_grad, Acc grad_out
 
 template <class Scalar, class Acc>
 void pool_backward_accumulate(const PoolParams& p, const Acc* pooled_grad, Acc grad_output) {
-  for_each_text(p, [&](int64_t, int64_t, int64_t text) {
-    const TokenBlock& block = p.blocks[0];
-    const TokenSpan span = token_span(block, text);
-    const Acc* coefficients = static_cast<const Acc*>(block.coefficients) + span.first;
-    Scalar* tokens =
-        static_cast<Scalar*>(p.states[0].data) + state_offset(block, p.states[0], text);
-    for (int64_t t = 0; t < span.count; ++t)
-      if (coefficients[t] != Acc(0))
-        accumulate_row(pooled_grad + text * p.dim, grad_output * coefficients[t], p.dim,
-                       tokens + t * p.dim);
+  for_text_ranges(p, [&](int64_t first, int64_t last) {
+    add_texts(first, last, p.dim, grad_output, [&](int64_t i) {
+      return token_stream<Scalar, const Acc, Acc>(p, i, pooled_grad + i * p.dim);
+    });
   });
 }
 
