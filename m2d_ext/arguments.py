@@ -109,25 +109,26 @@ def _read_layers(hidden_states: HiddenStates) -> list[list[Tensor]]:
 
 def _check_alike(layers: list[list[Tensor]], packed: bool) -> None:
     first = layers[0][0]
-    if first.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"hidden_states must be float64, float32, bfloat16 or float16, got {first.dtype}")
+    dtype, device, shapes = first.dtype, first.device, [block.shape for block in layers[0]]
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(f"hidden_states must be float64, float32, bfloat16 or float16, got {dtype}")
     if packed and len(layers[0]) != 1:
         raise ValueError(f"hidden_states must be one tensor per layer with cu_seqlens, got {len(layers[0])}")
-    ndim, shape = (2, "(total_tokens, D)") if packed else (3, "(N, T, D)")
+    if shapes[0][-1:] == (0,):
+        raise ValueError(f"hidden_states must have a width D >= 1, got shape {tuple(shapes[0])}")
+    ndim, names = (2, "(total_tokens, D)") if packed else (3, "(N, T, D)")
     for i, layer in enumerate(layers):
-        for state, block in zip(layer, layers[0], strict=True):
-            name = f"hidden_states[{i}]"
-            if state.ndim != ndim:
-                raise ValueError(f"{name} must have shape {shape}, got {tuple(state.shape)}")
-            if state.shape != block.shape or state.shape[-1] != first.shape[-1]:
-                expected = (*block.shape[:-1], first.shape[-1])
-                raise ValueError(f"{name} must have the shape {expected} of layer 0, got {tuple(state.shape)}")
-            if state.dtype != first.dtype:
-                raise TypeError(f"{name} must have the dtype {first.dtype} of layer 0, got {state.dtype}")
-            if state.device != first.device:
-                raise ValueError(f"{name} must be on the device {first.device} of layer 0, got {state.device}")
-    if first.shape[-1] == 0:
-        raise ValueError(f"hidden_states must have a width D >= 1, got shape {tuple(first.shape)}")
+        for state, shape in zip(layer, shapes, strict=True):
+            name, found = f"hidden_states[{i}]", state.shape
+            if len(found) != ndim:
+                raise ValueError(f"{name} must have shape {names}, got {tuple(found)}")
+            if found != shape or found[-1] != shapes[0][-1]:
+                expected = (*shape[:-1], shapes[0][-1])
+                raise ValueError(f"{name} must have the shape {expected} of layer 0, got {tuple(found)}")
+            if state.dtype != dtype:
+                raise TypeError(f"{name} must have the dtype {dtype} of layer 0, got {state.dtype}")
+            if state.device != device:
+                raise ValueError(f"{name} must be on the device {device} of layer 0, got {state.device}")
 
 
 def _read_masks(attention_mask: Tensor | Sequence[Tensor] | None, blocks: list[Tensor]) -> list[Tensor]:

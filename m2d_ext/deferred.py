@@ -83,7 +83,7 @@ class DeferredGradients:
         layer, block = divmod(place, len(self._coefficients))
         table = self._coefficients[block]
         rows = pooled_grad[layer]
-        if self._cu_seqlens is None:
+        if len(self._coefficients) > 1:
             rows = rows.narrow(0, sum(map(len, self._coefficients[:block])), len(table))
         if _is_own(grad):
             ops.add_pooled_grad_(_flat(grad, self._cu_seqlens), rows, grad_output, table, self._cu_seqlens)
