@@ -32,6 +32,10 @@ TORCH_LIBRARY(m2d_ext, m) {
       "pooled_loss(Tensor pooled, Tensor? candidates, int target_offset, Tensor weights, "
       "Tensor kl_weights, int[] dims, int num_columns, float scale, float kl_temperature, "
       "bool normalize, bool needs_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("nested_cosines(Tensor a, Tensor b, int[] dims, bool pairs) -> Tensor");
+  m.def(
+      "nested_cosines_backward(Tensor grad, Tensor cosines, Tensor a, Tensor b, int[] dims, "
+      "bool pairs, bool needs_a, bool needs_b) -> (Tensor, Tensor)");
 }
 
 namespace {

@@ -104,6 +104,15 @@ Rows<const T> const_rows_of(const Tensor& tensor) {
           tensor.size(1)};
 }
 
+void check_dims(at::IntArrayRef dims, int64_t width) {
+  int64_t previous = 0;
+  for (const int64_t d : dims) {
+    TORCH_CHECK(d > previous && d <= width, "dims must ascend within 1..", width);
+    previous = d;
+  }
+  TORCH_CHECK(!dims.empty(), "dims must not be empty");
+}
+
 template <class T>
 void check_loss_options(const LossParams<T>& params, const LossOptions& options) {
   const auto is_table = [](const Tensor& t) {
@@ -117,12 +126,7 @@ void check_loss_options(const LossParams<T>& params, const LossOptions& options)
                   options.kl_weights.size(0) == params.num_layers,
               "kl_weights must be a contiguous float64 CPU tensor (L,)");
   TORCH_CHECK(params.num_layers >= 1 && params.num_anchors >= 1, "the batch must not be empty");
-  int64_t previous = 0;
-  for (const int64_t d : options.dims) {
-    TORCH_CHECK(d > previous && d <= params.dim, "dims must ascend within 1..", params.dim);
-    previous = d;
-  }
-  TORCH_CHECK(params.num_dims >= 1, "dims must not be empty");
+  check_dims(options.dims, params.dim);
   TORCH_CHECK(params.target_offset >= 0 &&
                   params.target_offset + params.num_anchors <= params.num_candidates,
               "target_offset must leave a candidate for each anchor");
@@ -258,5 +262,53 @@ template LossProblem<float> read_loss(const Tensor&, const std::optional<Tensor>
                                       const LossOptions&);
 template LossProblem<double> read_loss(const Tensor&, const std::optional<Tensor>&, int64_t,
                                        const LossOptions&);
+
+template <class T>
+CosineProblem<T> read_cosines(const Tensor& a, const Tensor& b, at::IntArrayRef dims, bool pairs) {
+  TORCH_CHECK(
+      a.dim() == 3 && b.dim() == 3 && a.size(0) == b.size(0) && a.size(2) == b.size(2) &&
+          (!pairs || a.size(1) == b.size(1)),
+      "a and b must be rows (L, A, D) and (L, B, D), and as many where they are pairs, got ",
+      a.sizes(), " and ", b.sizes());
+  TORCH_CHECK(a.scalar_type() == b.scalar_type() && a.device() == b.device(),
+              "a and b must share one dtype and device");
+  check_dims(dims, a.size(2));
+  CosineProblem<T> problem{{}, a.contiguous(), b.contiguous(), {}};
+  const int64_t num_dims = static_cast<int64_t>(dims.size());
+  problem.params = {a.size(0),
+                    a.size(2),
+                    num_dims,
+                    dims.data(),
+                    pairs,
+                    const_rows_of<T>(problem.a),
+                    const_rows_of<T>(problem.b)};
+  problem.cosines = {a.size(0), num_dims, a.size(1)};
+  if (!pairs) problem.cosines.push_back(b.size(1));
+  return problem;
+}
+
+template <class T>
+CosineGradProblem<T> allocate_cosine_grads(const CosineProblem<T>& problem, const Tensor& grad,
+                                           const Tensor& cosines, bool needs_a, bool needs_b) {
+  for (const Tensor& table : {grad, cosines}) {
+    TORCH_CHECK(table.sizes() == problem.cosines && table.scalar_type() == at::kDouble,
+                "grad and cosines must be float64 of shape ", at::IntArrayRef(problem.cosines),
+                ", got ", table.scalar_type(), " of shape ", table.sizes());
+  }
+  CosineGradProblem<T> grads{{}, grad.contiguous(), cosines.contiguous(), {}, {}};
+  grads.a = needs_a ? at::empty_like(problem.a) : at::empty({0, 0, 0}, problem.a.options());
+  grads.b = needs_b ? at::empty_like(problem.b) : at::empty({0, 0, 0}, problem.b.options());
+  grads.grads = {grads.grad.template const_data_ptr<double>(),
+                 grads.cosines.template const_data_ptr<double>(), rows_of<T>(grads.a),
+                 rows_of<T>(grads.b)};
+  return grads;
+}
+
+template CosineProblem<float> read_cosines(const Tensor&, const Tensor&, at::IntArrayRef, bool);
+template CosineProblem<double> read_cosines(const Tensor&, const Tensor&, at::IntArrayRef, bool);
+template CosineGradProblem<float> allocate_cosine_grads(const CosineProblem<float>&, const Tensor&,
+                                                        const Tensor&, bool, bool);
+template CosineGradProblem<double> allocate_cosine_grads(const CosineProblem<double>&,
+                                                         const Tensor&, const Tensor&, bool, bool);
 
 }  // namespace m2d

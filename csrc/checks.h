@@ -67,4 +67,26 @@ LossProblem<T> read_loss(const Tensor& pooled, const std::optional<Tensor>& cand
 // Of rows that are still to be pooled: params.pooled.data is nullptr.
 LossProblem<float> read_loss_of_tokens(const PoolProblem& tokens, const LossOptions& options);
 
+// Owns what CosineParams<T> points to.
+template <class T>
+struct CosineProblem {
+  CosineParams<T> params;
+  Tensor a, b;
+  std::vector<int64_t> cosines;  // their shape
+};
+
+template <class T>
+CosineProblem<T> read_cosines(const Tensor& a, const Tensor& b, at::IntArrayRef dims, bool pairs);
+
+// `grad` is contiguous; (0, 0, 0) for rows of which no gradient is wanted.
+template <class T>
+struct CosineGradProblem {
+  CosineGrads<T> grads;
+  Tensor grad, cosines, a, b;
+};
+
+template <class T>
+CosineGradProblem<T> allocate_cosine_grads(const CosineProblem<T>& problem, const Tensor& grad,
+                                           const Tensor& cosines, bool needs_a, bool needs_b);
+
 }  // namespace m2d

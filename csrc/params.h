@@ -87,4 +87,28 @@ struct LossParams {
   T* loss;                   // scalar
 };
 
+// Cosines of the rows of a with those of b, of all prefixes.
+template <class T>
+struct CosineParams {
+  int64_t num_layers;   // L
+  int64_t dim;          // D
+  int64_t num_dims;     // K
+  const int64_t* dims;  // (K,) ascending, distinct, the last one <= D
+  bool pairs;           // row i with row i: cosines are (L, K, A), else (L, K, A, B)
+  Rows<const T> a;      // (L, A, D)
+  Rows<const T> b;      // (L, B, D)
+};
+
+template <class T>
+struct CosineGrads {
+  const double* grad;     // of the cosines, as they are shaped
+  const double* cosines;  // C
+  Rows<T> a, b;           // (L, A, D) and (L, B, D); data is nullptr where none is wanted
+};
+
+template <class T>
+int64_t chunk_begin(const CosineParams<T>& p, int64_t k) {
+  return k == 0 ? 0 : p.dims[k - 1];
+}
+
 }  // namespace m2d

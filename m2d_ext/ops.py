@@ -198,6 +198,24 @@ def _num_texts(coefficients: Sequence[Tensor], cu_seqlens: Tensor | None) -> int
     return sum(len(a) for a in coefficients) if cu_seqlens is None else len(cu_seqlens) - 1
 
 
+def computes_cosines(rows: Tensor) -> bool:
+    """Whether :func:`nested_cosines` takes rows like these: there are kernels for the CPU alone."""
+    return rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.float64) and _extension.available()
+
+
+def nested_cosines(a: Tensor, b: Tensor, dims: Sequence[int], pairs: bool) -> Tensor:
+    """Of rows a (L, A, D) and b (L, B, D) in float64: (L, K, A, B), or (L, K, A) of row i with row i."""
+    return torch.ops.m2d_ext.nested_cosines(a, b, dims, pairs)
+
+
+def nested_cosines_backward(
+    grad: Tensor, cosines: Tensor, a: Tensor, b: Tensor, dims: Sequence[int], pairs: bool, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of a and of b, None where it is not needed."""
+    grads = torch.ops.m2d_ext.nested_cosines_backward(grad, cosines, a, b, dims, pairs, *needed)
+    return [grad if need else None for grad, need in zip(grads, needed, strict=True)]
+
+
 def _fake_pool(hidden_states: Sequence[Tensor], coefficients: Sequence[Tensor], cu_seqlens: Tensor | None) -> Tensor:
     first = hidden_states[0]
     shape = (len(hidden_states) // len(coefficients), _num_texts(coefficients, cu_seqlens), first.shape[-1])
@@ -279,6 +297,24 @@ def _fake_pooled_loss(
     return (*_empty_loss(pooled, len(pooled), len(dims)), grad, candidate_grad)
 
 
+def _fake_nested_cosines(a: Tensor, b: Tensor, dims: Sequence[int], pairs: bool) -> Tensor:
+    shape = (len(a), len(dims), a.shape[1]) if pairs else (len(a), len(dims), a.shape[1], b.shape[1])
+    return a.new_empty(shape, dtype=torch.float64)
+
+
+def _fake_nested_cosines_backward(
+    grad: Tensor,
+    cosines: Tensor,
+    a: Tensor,
+    b: Tensor,
+    dims: Sequence[int],
+    pairs: bool,
+    needs_a: bool,
+    needs_b: bool,
+) -> tuple[Tensor, Tensor]:
+    return a.new_empty(a.shape if needs_a else (0, 0, 0)), b.new_empty(b.shape if needs_b else (0, 0, 0))
+
+
 if _extension.available():
     torch.library.register_fake("m2d_ext::pool", _fake_pool)
     torch.library.register_fake("m2d_ext::pool_backward", _fake_pool_backward)
@@ -288,3 +324,5 @@ if _extension.available():
     torch.library.register_fake("m2d_ext::pool_max_backward", _fake_pool_backward)
     torch.library.register_fake("m2d_ext::loss", _fake_loss)
     torch.library.register_fake("m2d_ext::pooled_loss", _fake_pooled_loss)
+    torch.library.register_fake("m2d_ext::nested_cosines", _fake_nested_cosines)
+    torch.library.register_fake("m2d_ext::nested_cosines_backward", _fake_nested_cosines_backward)

@@ -5,7 +5,7 @@
 One pass over the D dimensions serves all K prefixes, and so does one back: with G = dL/dS, X_k = G_k na_k nb_k and
 r_k[i] = na_k[i]^2 sum_j G_k[i, j] S_k[i, j], the rows of chunk c get (sum_{k >= c} X_k) B - (sum_{k >= c} r_k) A.
 
-All of it in double: rows of a real batch are nearly parallel in the early layers, where cosines agree in most of their
+On the CPU the compiled operators of csrc/cpu/cosines.cpp do the same. All of it in double: rows of a real batch are nearly parallel in the early layers, where cosines agree in most of their
 digits and the two terms of the gradient cancel.
 """
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import ops
 from .reference import NORM_EPS
 
 
@@ -53,28 +54,39 @@ def _chunks(dims: Sequence[int]) -> list[tuple[int, int]]:
 class _Cosines(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, dims: tuple[int, ...], pairs: bool) -> Tensor:
-        rows, others = a.double(), b.double()
-        inverse_a, radial_a = _inverse_norms(rows, dims)
-        inverse_b, radial_b = _inverse_norms(others, dims)
-        products = [_product(rows[..., i:j], others[..., i:j], pairs) for i, j in _chunks(dims)]
-        cosines = torch.stack(products, 1).cumsum(1)
-        scale = inverse_a * inverse_b if pairs else inverse_a[..., None] * inverse_b[..., None, :]
-        cosines *= scale
-        ctx.save_for_backward(a, b, cosines, scale, radial_a, radial_b)
+        if ops.computes_cosines(a):
+            cosines = ops.nested_cosines(a, b, dims, pairs)
+            ctx.save_for_backward(a, b, cosines)
+        else:
+            cosines, *others = _cosines(a, b, dims, pairs)
+            ctx.save_for_backward(a, b, cosines, *others)
         ctx.dims, ctx.pairs = dims, pairs
         return cosines
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        a, b, cosines, scale, radial_a, radial_b = ctx.saved_tensors
+        a, b, cosines, *others = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:2]
+        if not others:
+            return *ops.nested_cosines_backward(grad, cosines, a, b, ctx.dims, ctx.pairs, needed), None, None
+        scale, radial_a, radial_b = others
         along = grad * cosines
         outer = _suffix_sums(grad * scale)
         along_a, along_b = (along, along) if ctx.pairs else (along.sum(-1), along.sum(-2))
-        need_a, need_b, *_ = ctx.needs_input_grad
-        grad_a = _rows_grad(a, b, outer, along_a * radial_a, ctx) if need_a else None
+        grad_a = _rows_grad(a, b, outer, along_a * radial_a, ctx) if needed[0] else None
         transposed = outer if ctx.pairs else outer.mT
-        return grad_a, _rows_grad(b, a, transposed, along_b * radial_b, ctx) if need_b else None, None, None
+        return grad_a, _rows_grad(b, a, transposed, along_b * radial_b, ctx) if needed[1] else None, None, None
+
+
+def _cosines(a: Tensor, b: Tensor, dims: Sequence[int], pairs: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The cosines; na nb; and the squares of na and nb, 0 where they are constants."""
+    rows, others = a.double(), b.double()
+    inverse_a, radial_a = _inverse_norms(rows, dims)
+    inverse_b, radial_b = _inverse_norms(others, dims)
+    products = [_product(rows[..., i:j], others[..., i:j], pairs) for i, j in _chunks(dims)]
+    scale = inverse_a * inverse_b if pairs else inverse_a[..., None] * inverse_b[..., None, :]
+    return torch.stack(products, 1).cumsum(1) * scale, scale, radial_a, radial_b
 
 
 def _product(a: Tensor, b: Tensor, pairs: bool) -> Tensor:

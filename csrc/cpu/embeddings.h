@@ -2,29 +2,14 @@
 #pragma once
 
 #include <algorithm>
-#include <memory>
 #include <vector>
 
 #include "../math.h"
 #include "../params.h"
+#include "buffer.h"
 #include "rows.h"
 
 namespace m2d::cpu {
-
-inline int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
-// Uninitialised memory: every stage writes before it reads.
-template <class T>
-class Buffer {
- public:
-  explicit Buffer(int64_t size) : data_(size > 0 ? new T[size] : nullptr) {}
-  T* get() const { return data_.get(); }
-
- private:
-  std::unique_ptr<T[]> data_;
-};
 
 // Rows of one kind (the pooled rows, or gathered candidates) with their norms.
 template <class T>

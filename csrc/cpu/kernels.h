@@ -51,4 +51,10 @@ using ReadRows = std::function<void(int64_t layer, int64_t first, int64_t last)>
 template <class T>
 void loss(const LossParams<T>& params, const ReadRows& read);
 
+// The cosines, and what their gradient is to the rows; see cosines.cpp.
+template <class T>
+void nested_cosines(const CosineParams<T>& params, double* cosines);
+template <class T>
+void nested_cosines_backward(const CosineParams<T>& params, const CosineGrads<T>& grads);
+
 }  // namespace m2d::cpu

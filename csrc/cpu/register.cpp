@@ -183,6 +183,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pooled_loss_op(
   return {out.loss, out.cells, out.kl, out.pooled_grad, out.candidate_grad};
 }
 
+Tensor nested_cosines_op(const Tensor& a, const Tensor& b, at::IntArrayRef dims, bool pairs) {
+  Tensor cosines;
+  use_one_thread_after_fork();
+  AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "m2d_ext", [&] {
+    const auto problem = read_cosines<scalar_t>(a, b, dims, pairs);
+    cosines = at::empty(problem.cosines, a.options().dtype(at::kDouble));
+    nested_cosines<scalar_t>(problem.params, cosines.data_ptr<double>());
+  });
+  return cosines;
+}
+
+std::tuple<Tensor, Tensor> nested_cosines_backward_op(const Tensor& grad, const Tensor& cosines,
+                                                      const Tensor& a, const Tensor& b,
+                                                      at::IntArrayRef dims, bool pairs,
+                                                      bool needs_a, bool needs_b) {
+  std::tuple<Tensor, Tensor> grads;
+  use_one_thread_after_fork();
+  AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "m2d_ext", [&] {
+    const auto problem = read_cosines<scalar_t>(a, b, dims, pairs);
+    const auto wanted = allocate_cosine_grads(problem, grad, cosines, needs_a, needs_b);
+    nested_cosines_backward<scalar_t>(problem.params, wanted.grads);
+    grads = {wanted.a, wanted.b};
+  });
+  return grads;
+}
+
 }  // namespace
 }  // namespace m2d::cpu
 
@@ -195,4 +221,6 @@ TORCH_LIBRARY_IMPL(m2d_ext, CPU, m) {
   m.impl("pool_max_backward", &m2d::cpu::pool_max_backward_op);
   m.impl("loss", &m2d::cpu::loss_op);
   m.impl("pooled_loss", &m2d::cpu::pooled_loss_op);
+  m.impl("nested_cosines", &m2d::cpu::nested_cosines_op);
+  m.impl("nested_cosines_backward", &m2d::cpu::nested_cosines_backward_op);
 }
