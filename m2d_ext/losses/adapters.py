@@ -45,13 +45,13 @@ def is_ranking(loss: Any) -> bool:
     return adapter is not None and adapter.cells is _ranking
 
 
-def is_info_nce(loss: Any) -> bool:
-    """Whether the loss is what the fused kernel computes."""
-    return (
-        type(loss) is losses.MultipleNegativesRankingLoss
-        and tuple(loss.directions) == ("query_to_doc",)
-        and not _is_hardened(loss)
-    )
+def info_nce_directions(loss: Any) -> list[str]:
+    """The directions of which the loss is the mean cross-entropy, which the fused kernel computes; empty if it is not."""
+    if not is_ranking(loss) or _is_hardened(loss):
+        return []
+    directions = set(loss.directions)
+    is_sum = len(directions) == 1 or loss.partition_mode == "per_direction"
+    return [direction for direction in ("query_to_doc", "doc_to_query") if direction in directions] if is_sum else []
 
 
 def refusal(loss: Any, normalized: bool, teaches: bool) -> str | None:

@@ -115,7 +115,7 @@ class _Plan:
         self._step = step
         self._columns = columns
         self._labels = labels
-        self._is_info_nce = adapters.is_info_nce(step.loss) and step.false_negative_margin is None
+        self._directions = [] if step.false_negative_margin is not None else adapters.info_nce_directions(step.loss)
         self._gathers = gathers(step.loss)
         if isinstance(step.loss, MultipleNegativesRankingLoss) and len(columns) < 2 and not self._gathers:
             raise ValueError(f"Expected at least 2 embeddings, got {len(columns)}")
@@ -158,7 +158,7 @@ class _Plan:
             return self._cached(step.caching)
         is_joined = bool(self._columns) and is_packed(self._columns[0])
         batches = joined_packed(self._columns) if is_joined else step.merge(self._columns)
-        if self._gathers or step.ranks_kl or not self._is_info_nce or transforms_rows(step.model):
+        if self._gathers or step.ranks_kl or len(self._directions) != 1 or transforms_rows(step.model):
             pooled, num_states = embed_rows(step.wrapper, step.model, batches, self._earlier, step.norm, step.deferred)
             return self._of_pooled(select_layers(pooled, self._layers(num_states)))
         tokens, num_states = embed(step.wrapper, step.model, batches, self._earlier, step.norm)
@@ -183,12 +183,14 @@ class _Plan:
 
     def _of_pooled(self, pooled: Tensor) -> Result:
         cells = self._step.cells(self._draw, pooled.shape[-1])
-        if self._is_info_nce and not self._step.ranks_kl:
-            return self._result(self._info_nce(pooled, cells), cells)
+        if len(self._directions) == 1 and not self._step.ranks_kl:
+            return self._result(self._info_nce(pooled, cells, self._gathered_candidates(pooled)), cells)
         rows = self._rows(pooled, cells)
-        without_kl = cells._replace(kl_weights=[0.0] * len(cells.kl_weights))
-        if self._is_info_nce:
-            loss, values, _ = self._info_nce(pooled, without_kl, rows)
+        if self._directions and not self._step.ranks_kl:
+            return self._result(self._info_nce_of_directions(pooled, cells, rows), cells)
+        if self._directions:
+            without_kl = cells._replace(kl_weights=[0.0] * len(cells.kl_weights))
+            loss, values, _ = self._info_nce_of_directions(pooled, without_kl, rows)
         else:
             loss, values = self._adapted(pooled, cells, rows)
         kl_loss, kl = self._ranking_kl(cells, rows) if self._step.ranks_kl else self._feature_kl(pooled, cells)
@@ -215,16 +217,35 @@ class _Plan:
         with torch.no_grad():
             return rows if self._batches is None else gather_rows(rows, self._batches)
 
-    def _info_nce(self, pooled: Tensor, cells: Cells, rows: Rows | None = None) -> functional.LossAndCells:
-        candidates, offset = None, 0
-        if self._batches is not None:
-            offset = self._batches.offset
-            if rows is None:
-                candidates = gather_rows(pooled[:, self._batches.sizes[self._batches.rank] :], self._batches)
-            else:
-                candidates = torch.cat(rows.gathered[1:], dim=1)
+    def _gathered_candidates(self, pooled: Tensor) -> Tensor | None:
+        """All processes' candidates without their anchors; None without gathering."""
+        if self._batches is None:
+            return None
+        return gather_rows(pooled[:, self._batches.sizes[self._batches.rank] :], self._batches)
+
+    def _info_nce_of_directions(self, pooled: Tensor, cells: Cells, rows: Rows) -> functional.LossAndCells:
+        """The mean over the loss's directions, each a cross-entropy of its own; and the KL."""
+        share = 1 / len(self._directions)
+        cells = cells._replace(weights=[[share * weight for weight in row] for row in cells.weights])
+        gathers = self._batches is not None
+        candidates = torch.cat(rows.gathered[1:], dim=1) if gathers else None
+        loss, values, kl = self._info_nce(pooled, cells, candidates)
+        if len(self._directions) > 1:
+            turned = torch.cat([rows.columns[1], rows.columns[0]], dim=1)
+            without_kl = {"num_columns": 2, "kl_weights": None}
+            back, back_values, _ = self._info_nce(turned, cells, rows.gathered[0] if gathers else None, **without_kl)
+            loss, values = loss + back, share * (values + back_values)
+        return loss, values, kl
+
+    def _info_nce(
+        self, pooled: Tensor, cells: Cells, candidates: Tensor | None, **options: Any
+    ) -> functional.LossAndCells:
         results = functional.matryoshka_2d_loss_pooled(
-            pooled, candidates=candidates, target_offset=offset, return_cells=True, **self._options(cells)
+            pooled,
+            candidates=candidates,
+            target_offset=0 if self._batches is None else self._batches.offset,
+            return_cells=True,
+            **self._options(cells) | options,
         )
         assert isinstance(results, tuple)
         return results
