@@ -253,16 +253,24 @@ def report(
     results: Annotated[Path, typer.Option(help="All runs in one file.")] = Path("benchmarks/results/ablation.json"),
     page: Path = Path("docs/ablation.md"),
 ) -> None:
-    """Write the page and its plots, from the runs where there are some, else from the results that are kept."""
-    runs = {
-        folder.name: [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
-        for folder in sorted(output.glob("*-*"))
-    }
-    if any(runs.values()):
-        found = output / "cost.json"
-        costs = json.loads(found.read_text(encoding="utf-8")) if found.exists() else None
-        write_whole(results, {"runs": runs, "cost": costs})
-    ablation_report.write(json.loads(results.read_text(encoding="utf-8")), page)
+    """Write the page and its plots, from the results that are kept and the runs that are new or in their place."""
+    kept: dict[str, Any] = {"runs": {}, "cost": None}
+    if results.exists():
+        kept = json.loads(results.read_text(encoding="utf-8"))
+    for folder in sorted(output.glob("*-*")):
+        new = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
+        kept["runs"][folder.name] = joined(kept["runs"].get(folder.name, []), new)
+    found = output / "cost.json"
+    if found.exists():
+        kept["cost"] = json.loads(found.read_text(encoding="utf-8"))
+    write_whole(results, kept)
+    ablation_report.write(kept, page)
+
+
+def joined(kept: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One run per arm and seed, a new one in place of a kept one."""
+    runs = {(run["settings"]["name"], run["settings"]["seed"]): run for run in [*kept, *new]}
+    return [runs[key] for key in sorted(runs)]
 
 
 if __name__ == "__main__":

@@ -87,6 +87,7 @@ MODELS = {
 
 ALL = "all cells"
 EQUAL = "earlier layers weigh 1 each"
+THRICE = "earlier layers weigh 3 each"
 # Starbucks' pairs for six layers of 384: small layers serve small dims.
 STARBUCKS = [(1, 32), (2, 64), (3, 128), (4, 256), (5, 384), (6, 384)]
 
@@ -103,6 +104,7 @@ _ARMS = (
     Arm("Starbucks' pairs", {"pairs": STARBUCKS, "n_layers_per_step": 1, "n_dims_per_step": 1}),
     Arm("last layer weighs 3", {"last_layer_weight": 3.0}),
     Arm(EQUAL, {"prior_layers_weight": 6.0}),
+    Arm(THRICE, {"prior_layers_weight": 18.0}),
     Arm("no false negatives (margin 0)", {"false_negative_margin": 0.0}),
     Arm("earlier layers weigh 1 each, KL of scores", {"prior_layers_weight": 6.0, "kl_target": "scores"}),
     Arm(
@@ -118,7 +120,7 @@ QUESTIONS = (
     Question("Does a 2D loss help the cells, and what does it cost the final one?", "plain", (ALL,)),
     Question("KL off, of features or of scores?", ALL, ("no KL", "KL of scores")),
     Question("All layers and dims, or drawn ones?", ALL, ("one layer drawn", "one dim drawn", "one cell drawn")),
-    Question("How to weigh the layers?", ALL, ("log weights", "linear weights", "Starbucks' pairs", EQUAL)),
+    Question("How to weigh the layers?", ALL, ("log weights", "linear weights", "Starbucks' pairs", EQUAL, THRICE)),
     Question("How much weight for the last layer?", ALL, ("last layer weighs 3",)),
     Question("Leave out false negatives?", ALL, ("no false negatives (margin 0)",)),
     Question("Final norm on earlier states?", "pre-norm, norm skipped", ("pre-norm, norm applied",)),

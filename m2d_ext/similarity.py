@@ -5,8 +5,8 @@
 One pass over the D dimensions serves all K prefixes, and so does one back: with G = dL/dS, X_k = G_k na_k nb_k and
 r_k[i] = na_k[i]^2 sum_j G_k[i, j] S_k[i, j], the rows of chunk c get (sum_{k >= c} X_k) B - (sum_{k >= c} r_k) A.
 
-On the CPU the compiled operators of csrc/cpu/cosines.cpp do the same. All of it in double: rows of a real batch are nearly parallel in the early layers, where cosines agree in most of their
-digits and the two terms of the gradient cancel.
+All of it in double: rows of a real batch are nearly parallel in the early layers, where cosines agree in most of their
+digits and the two terms of the gradient cancel. On the CPU the compiled operators do it (csrc/cpu/cosines.cpp).
 """
 
 import itertools

@@ -46,7 +46,7 @@ def is_ranking(loss: Any) -> bool:
 
 
 def info_nce_directions(loss: Any) -> list[str]:
-    """The directions of which the loss is the mean cross-entropy, which the fused kernel computes; empty if it is not."""
+    """The directions whose cross-entropies, as the fused kernel computes them, the loss is the mean of; or none."""
     if not is_ranking(loss) or _is_hardened(loss):
         return []
     directions = set(loss.directions)
