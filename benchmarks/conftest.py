@@ -56,7 +56,7 @@ class Recording:
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("m2d_ext benchmarks")
     group.addoption("--more-shapes", action="store_true", help="also other batch sizes and text lengths (long)")
-    group.addoption("--rounds", type=int, default=15, help="interleaved rounds per problem, at least 7")
+    group.addoption("--rounds", type=int, default=9, help="interleaved rounds per problem, at least 7")
 
 
 def pytest_configure(config: pytest.Config) -> None:
