@@ -109,13 +109,13 @@ def _rank_anchors(loss: Any, rows: Rows, blocks: dict[str, tuple[Tensor, Tensor]
         if direction == "query_to_doc":
             if _is_hardened(loss):
                 hard = ~_spared(loss.hardness_mode, own_documents, own.shape[1])
-                score = score + loss.hardness_strength * similarities.detach() * hard
-            positive = score[..., : own.shape[1]].masked_select(own).unflatten(0, (*score.shape[:2], -1))
+                score = score.addcmul(similarities.detach(), loss.hardness_strength * hard.to(score))
+            positive = score.diagonal(rows.offset + anchors.start, -2, -1)  # of each anchor: (L, K, A)
         for mask in (excluded.get(direction), false.get(direction)):
             score = score if mask is None else score.masked_fill(mask, -torch.inf)
         scores.append(score)
-    if loss.partition_mode == "joint":
-        return torch.cat(scores, dim=-1).logsumexp(-1) - positive
+    if loss.partition_mode == "joint" and len(scores) > 1:
+        scores = [torch.cat(scores, dim=-1)]
     return torch.stack([score.logsumexp(-1) for score in scores]).mean(0) - positive
 
 
