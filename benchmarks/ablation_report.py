@@ -28,6 +28,9 @@ second sentence of test pairs that score at least 4 by the first; grid mean: ove
 Differences are to the first row of their table, between runs of the same seed, ± their standard deviation; one
 smaller than {DECIDED:g} standard deviations is *undecided*. A few seeds bound it loosely. Step: time of a step with
 dropout, as a multiple of the plain one's, which calls the model once per column where ours calls it once.
+
+A run again gives the same numbers: seed 0 of *earlier layers weigh 1 each*, 50 steps, twice on one machine the same to
+the last digit, and within 3e-6 of what another processor gave.
 """
 
 
