@@ -27,11 +27,13 @@ TORCH_LIBRARY(m2d_ext, m) {
   m.def(
       "loss(Tensor[] hidden_states, Tensor[] coefficients, Tensor? cu_seqlens, Tensor weights, "
       "Tensor kl_weights, int[] dims, int num_columns, float scale, float kl_temperature, "
-      "bool normalize, bool needs_grad) -> (Tensor, Tensor, Tensor, Tensor)");
+      "bool normalize, float hardness, float own_hardness, bool needs_grad) -> (Tensor, Tensor, "
+      "Tensor, Tensor)");
   m.def(
       "pooled_loss(Tensor pooled, Tensor? candidates, int target_offset, Tensor weights, "
       "Tensor kl_weights, int[] dims, int num_columns, float scale, float kl_temperature, "
-      "bool normalize, bool needs_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "bool normalize, float hardness, float own_hardness, bool needs_grad) -> (Tensor, Tensor, "
+      "Tensor, Tensor, Tensor)");
   m.def("nested_cosines(Tensor a, Tensor b, int[] dims, bool pairs) -> Tensor");
   m.def(
       "nested_cosines_backward(Tensor grad, Tensor cosines, Tensor a, Tensor b, int[] dims, "

@@ -127,6 +127,11 @@ void check_loss_options(const LossParams<T>& params, const LossOptions& options)
               "kl_weights must be a contiguous float64 CPU tensor (L,)");
   TORCH_CHECK(params.num_layers >= 1 && params.num_anchors >= 1, "the batch must not be empty");
   check_dims(options.dims, params.dim);
+  TORCH_CHECK((options.hardness == 0 && options.own_hardness == 0) ||
+                  (params.num_candidates % (options.num_columns - 1) == 0 &&
+                   params.target_offset + params.num_anchors <=
+                       params.num_candidates / (options.num_columns - 1)),
+              "hardness asks for as many candidates in every column, the positives in the first");
   TORCH_CHECK(params.target_offset >= 0 &&
                   params.target_offset + params.num_anchors <= params.num_candidates,
               "target_offset must leave a candidate for each anchor");
@@ -155,6 +160,9 @@ LossProblem<T> start_loss(at::IntArrayRef rows, const at::TensorOptions& row_opt
   params.weights = options.weights.const_data_ptr<double>();
   params.kl_weights = options.kl_weights.const_data_ptr<double>();
   params.scale = options.scale;
+  params.hardness = options.hardness;
+  params.own_hardness = options.own_hardness;
+  params.column_size = params.num_candidates / (options.num_columns - 1);
   params.kl_temperature = options.kl_temperature;
   params.normalize = options.normalize;
   params.pooled = {nullptr, rows[1] * rows[2], rows[1]};

@@ -45,6 +45,8 @@ struct LossOptions {
   double scale;
   double kl_temperature;
   bool normalize;
+  double hardness;
+  double own_hardness;
   bool needs_grad;
 };
 

@@ -6,11 +6,15 @@
 //   U[l,k,i,j] = <E[l,i,:d_k], E[l,j,:d_k]>           telescopes: U_k = U_{k-1} + chunk k's product
 //   C[l,k,i,j] = U * ia_k[i] * ib_k[j],  ia_k[i] = 1 / max(|E[l,i,:d_k]|, eps)
 //   S[l,k,i,j] = scale * C
-//   CE[l,k]    = mean_i ( logsumexp_j S[l,k,i,j] - S[l,k,i,t(i)] )
+//   Z[l,k,i,j] = S + h[i,j] * C                               h weighs hard candidates, C detached there
+//   CE[l,k]    = mean_i ( logsumexp_j Z[l,k,i,j] - Z[l,k,i,t(i)] )
 //   KL[l]      = mean_n KL( q[n] || softmax(E[l,n]/tau) ),  q[n] = softmax(E[L-1,n]/tau), detached
 //   loss       = sum_{l,k} W[l,k] CE[l,k] + sum_l V[l] KL[l]
 //
-// Gradient. With G_k = dloss/dC_k = W scale/B (softmax(S_k) - onehot), C_k depends on the rows through
+// h is 0 for the positive t(i), own_hardness for the candidates at its place in the other columns, hardness for
+// all others.
+//
+// Gradient. With G_k = dloss/dC_k = W scale/B (softmax(Z_k) - onehot), C_k depends on the rows through
 // the product and through both norms:
 //
 //   dC_k/dE[i] = ia_k ib_k[j] E[j,:d_k] - C_k ia_k^2 E[i,:d_k]        (second term 0 where clamped)
@@ -96,7 +100,7 @@ M2D_INLINE double exp_nonpositive(double x) {
   return p * two_to_n;
 }
 
-// logsumexp_j S_j - S_t. `target` is exp(S_t - max), `gap` is max - S_t >= 0: two non-negative terms.
+// logsumexp_j Z_j - Z_t. `target` is exp(Z_t - max), `gap` is max - Z_t >= 0: two non-negative terms.
 M2D_INLINE double cross_entropy(double others, double target, double gap) {
   return gap == 0.0 ? std::log1p(others) : std::log(others + target) + gap;
 }

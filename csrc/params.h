@@ -75,6 +75,9 @@ struct LossParams {
   const double* weights;     // W (L, K)
   const double* kl_weights;  // V (L,), 0 for the final layer
   double scale;
+  double hardness;      // h of math.h, of other anchors' candidates
+  double own_hardness;  // of an anchor's own but the positive
+  int64_t column_size;  // candidates of one column
   double kl_temperature;
   bool normalize;
   bool gathered;             // candidates lie apart from the pooled rows

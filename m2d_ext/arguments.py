@@ -210,6 +210,8 @@ def _read_weights(
     kl_temperature: float,
     scale: float,
     normalize: bool,
+    hardness: float = 0.0,
+    own_hardness: float = 0.0,
 ) -> tuple[Grid, list[int], Grid]:
     grid = Grid(
         _read_table("weights", weights, (num_layers, len(dims))),
@@ -219,6 +221,8 @@ def _read_weights(
         _read_positive("scale", scale),
         _read_positive("kl_temperature", kl_temperature),
         bool(normalize),
+        hardness,
+        own_hardness,
     )
     if not _is_traced(kl_weights) and kl_weights[-1] != 0:
         raise ValueError(

@@ -127,11 +127,11 @@ def matryoshka_2d_loss_pooled(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`matryoshka_2d_loss`.
     """
-    arguments.check_pooled(pooled, candidates, target_offset, num_columns)
-    grid, layers, active = arguments.read_grid(
-        num_layers=pooled.shape[0],
-        num_texts=pooled.shape[1],
-        width=pooled.shape[2],
+    results = loss_of_pooled(
+        pooled,
+        candidates,
+        target_offset,
+        backend,
         num_columns=num_columns,
         dims=dims,
         weights=weights,
@@ -140,14 +140,7 @@ def matryoshka_2d_loss_pooled(
         scale=scale,
         normalize=normalize,
     )
-    fused = _is_fused(backend, pooled, layers=len(layers), dims=len(active.dims))
-    if len(layers) < len(pooled):
-        pooled = _select(pooled, layers)
-        candidates = None if candidates is None else _select(candidates, layers)
-    dtype = reference.accumulate_dtype(pooled.dtype)
-    rows, others = pooled.to(dtype), None if candidates is None else candidates.to(dtype)
-    results = _pooled_loss(rows, others, target_offset, active, fused)
-    return _with_cells(results, grid, active, layers) if return_cells else results[0]
+    return results if return_cells else results[0]
 
 
 def pool_layers(
@@ -183,8 +176,35 @@ def pool_of_tokens(tokens: Tokens, backend: str = "auto", deferred: bool = False
     return _pool(tokens, _is_fused(backend, tokens.states[0], layers=layers, blocks=blocks), deferred)
 
 
+def loss_of_pooled(
+    pooled: Tensor,
+    candidates: Tensor | None = None,
+    target_offset: int = 0,
+    backend: str = "auto",
+    *,
+    num_columns: int,
+    **options: Any,
+) -> LossAndCells:
+    """:func:`matryoshka_2d_loss_pooled` of any :class:`Grid`: the loss, the cells and the KLs."""
+    arguments.check_pooled(pooled, candidates, target_offset, num_columns)
+    grid, layers, active = arguments.read_grid(
+        num_layers=pooled.shape[0],
+        num_texts=pooled.shape[1],
+        width=pooled.shape[2],
+        num_columns=num_columns,
+        **options,
+    )
+    fused = _is_fused(backend, pooled, layers=len(layers), dims=len(active.dims))
+    if len(layers) < len(pooled):
+        pooled = _select(pooled, layers)
+        candidates = None if candidates is None else _select(candidates, layers)
+    dtype = reference.accumulate_dtype(pooled.dtype)
+    rows, others = pooled.to(dtype), None if candidates is None else candidates.to(dtype)
+    return _with_cells(_pooled_loss(rows, others, target_offset, active, fused), grid, active, layers)
+
+
 def loss_of_tokens(tokens: Tokens, backend: str = "auto", deferred: bool = False, **options: Any) -> LossAndCells:
-    """:func:`matryoshka_2d_loss` from a ready coefficient table: the loss, the cells and the KLs."""
+    """:func:`matryoshka_2d_loss` from a ready coefficient table and of any :class:`Grid`, as above."""
     grid, layers, active = arguments.read_grid(
         num_layers=tokens.num_layers, num_texts=tokens.num_texts, width=tokens.states[0].shape[-1], **options
     )

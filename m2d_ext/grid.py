@@ -15,6 +15,10 @@ class Grid(NamedTuple):
     scale: float
     kl_temperature: float
     normalize: bool
+    # What is added to the scale of a candidate's logit, but not of its gradient: another anchor's; an anchor's own
+    # behind the positive.
+    hardness: float = 0.0
+    own_hardness: float = 0.0
 
     def active(self) -> tuple[list[int], "Grid"]:
         """The layers that matter and the grid over them alone. A final layer that teaches matters."""

@@ -272,6 +272,8 @@ def _fake_loss(
     scale: float,
     kl_temperature: float,
     normalize: bool,
+    hardness: float,
+    own_hardness: float,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     pooled = _fake_pool(hidden_states, coefficients, cu_seqlens)
@@ -290,6 +292,8 @@ def _fake_pooled_loss(
     scale: float,
     kl_temperature: float,
     normalize: bool,
+    hardness: float,
+    own_hardness: float,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     grad = pooled.new_empty(pooled.shape if needs_grad else (0, 0, 0))

@@ -77,6 +77,8 @@ def matryoshka_2d_loss_pooled(
     kl_temperature: float,
     scale: float,
     normalize: bool,
+    hardness: float = 0.0,
+    own_hardness: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss over pooled rows.
 
@@ -91,6 +93,8 @@ def matryoshka_2d_loss_pooled(
         kl_temperature: tau.
         scale: factor of the cosines.
         normalize: whether rows are normalised before anything else.
+        hardness: as :class:`m2d_ext.grid.Grid` has it.
+        own_hardness: as there.
 
     Returns:
         The loss (), the cross-entropies (L, K) and the KLs (L,), NaN where the weight is 0, both detached.
@@ -100,7 +104,10 @@ def matryoshka_2d_loss_pooled(
     anchors, others = embeddings[:, :num_anchors], embeddings[:, num_anchors:]
     if candidates is not None:
         others = F.normalize(candidates, dim=-1, eps=NORM_EPS) if normalize else candidates
-    cells = _cross_entropies(anchors, others, target_offset, dims, weights != 0, scale)
+    hard = None
+    if hardness != 0 or own_hardness != 0:
+        hard = _hardness(num_anchors, others, target_offset, num_columns, hardness, own_hardness)
+    cells = _cross_entropies(anchors, others, target_offset, dims, weights != 0, scale, hard)
     kl = _kl_divergences(embeddings, kl_weights != 0, kl_temperature)
     loss = _weighted_sum(cells, weights) + _weighted_sum(kl, kl_weights)
     return loss, cells.detach(), kl.detach()
@@ -122,8 +129,26 @@ def _prefix_inverse_norms(rows: Tensor, dims: list[int]) -> list[Tensor]:
     return inverses
 
 
+def _hardness(
+    num_anchors: int, candidates: Tensor, target_offset: int, num_columns: int, others: float, own: float
+) -> Tensor:
+    """The table h (B, M): 0 for the positive, ``own`` at its place in the other columns, ``others`` elsewhere."""
+    size = candidates.shape[1] // (num_columns - 1)
+    is_own = torch.eye(num_anchors, size - target_offset, dtype=torch.bool, device=candidates.device)
+    is_own = F.pad(is_own, (target_offset, 0))
+    hard = candidates.new_full((num_anchors, num_columns - 1, size), others).masked_fill_(is_own[:, None], own)
+    hard[:, 0].masked_fill_(is_own, 0)
+    return hard.flatten(1)
+
+
 def _cross_entropies(
-    anchors: Tensor, candidates: Tensor, target_offset: int, dims: list[int], used: Tensor, scale: float
+    anchors: Tensor,
+    candidates: Tensor,
+    target_offset: int,
+    dims: list[int],
+    used: Tensor,
+    scale: float,
+    hardness: Tensor | None,
 ) -> Tensor:
     """CE (L, K); NaN where not used. One pass over the dimensions serves all prefixes."""
     num_layers, num_anchors, _ = anchors.shape
@@ -137,6 +162,8 @@ def _cross_entropies(
         # U_k = U_{k-1} + A[:, chunk k] B[:, chunk k]^T
         dot = dot + anchors[..., begin:end] @ candidates[..., begin:end].mT
         logits = scale * dot * inverse_a[k][:, :, None] * inverse_b[k][:, None, :]
+        if hardness is not None:
+            logits = logits + hardness / scale * logits.detach()
         target_logits = logits.gather(2, targets).squeeze(-1)
         columns.append(_cross_entropy(logits.scatter(2, targets, -torch.inf), target_logits).mean(-1))
     return torch.stack(columns, dim=1).masked_fill(~used.to(anchors.device), torch.nan)

@@ -201,6 +201,7 @@ void run_loss(const std::string& what, Memory& memory, LossParams<float> p, cons
   p.weights = grid.weights.data();
   p.kl_weights = grid.kl_weights.data();
   p.scale = 20.0;
+  p.column_size = p.num_candidates;
   p.kl_temperature = 0.3;
   const int64_t rows = p.num_layers * p.num_texts * p.dim;
   const int64_t others = p.num_layers * p.num_candidates * p.dim;

@@ -44,6 +44,8 @@ def loss_of_pooled(
     kl_temperature: float = 0.3,
     scale: float = 20.0,
     normalize: bool = False,
+    hardness: float = 0.0,
+    own_hardness: float = 0.0,
 ) -> Tensor:
     """One cross-entropy per cell, one kl_div per layer."""
     embeddings = F.normalize(pooled, dim=-1) if normalize else pooled
@@ -56,7 +58,14 @@ def loss_of_pooled(
         for d, weight in zip(dims, weights[layer], strict=True):
             if weight != 0:
                 cosines = F.normalize(rows[:num_anchors, :d], dim=-1) @ F.normalize(others[:, :d], dim=-1).T
-                total = total + weight * F.cross_entropy(scale * cosines, torch.arange(num_anchors) + target_offset)
+                logits = scale * cosines
+                if hardness or own_hardness:
+                    hard = torch.full_like(cosines, hardness)
+                    for place in range(target_offset, hard.shape[1], hard.shape[1] // (num_columns - 1)):
+                        own = own_hardness if place > target_offset else 0.0
+                        hard[:, place : place + num_anchors].fill_diagonal_(own)
+                    logits = logits + hard * cosines.detach()
+                total = total + weight * F.cross_entropy(logits, torch.arange(num_anchors) + target_offset)
         if kl_weights is not None and kl_weights[layer] != 0:
             teacher = F.softmax(embeddings[-1].detach() / kl_temperature, dim=-1)
             student = F.log_softmax(rows / kl_temperature, dim=-1)

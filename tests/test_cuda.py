@@ -21,11 +21,11 @@ import m2d_ext
 import oracle
 import test_functional
 import test_half_types
-from m2d_ext import _extension, autograd
+from m2d_ext import _extension, autograd, functional
 from m2d_ext.functional import matryoshka_2d_loss, matryoshka_2d_loss_pooled, pool_layers
 from m2d_ext.grid import Grid
 from m2d_ext.pooling import padded_coefficients
-from test_functional import POOLED_SHAPES, POOLINGS, Case, make_case
+from test_functional import HARD_SHAPES, POOLED_SHAPES, POOLINGS, Case, hard_case, make_case
 from test_fuzz import LAYOUTS, Problem, problems
 
 EXPECTED = os.environ.get("M2D_TEST_DEVICE") == "cuda"
@@ -166,6 +166,16 @@ def test_pooled(shape: tuple[Any, ...], normalize: bool, gathered: bool) -> None
     )
     assert isinstance(loss, Tensor)
     assert_near(loss.detach(), gradients(loss, leaves), truth.detach(), gradients(truth, exact), torch.float32)
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("shape", HARD_SHAPES, ids=str)
+def test_hard_candidates(shape: tuple[Any, ...], gathered: bool) -> None:
+    case = hard_case(shape, gathered)
+    truth = oracle.loss_of_pooled(*case.leaves, target_offset=case.offset, **case.options)
+    leaves = [x.detach().float().to(DEVICE).requires_grad_() for x in case.leaves]
+    loss, _, _ = functional.loss_of_pooled(*leaves, target_offset=case.offset, backend="fused", **case.options)
+    assert_near(loss.detach(), gradients(loss, leaves), truth.detach(), gradients(truth, case.leaves), torch.float32)
 
 
 @pytest.mark.parametrize("normalize", [False, True])

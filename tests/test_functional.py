@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 import m2d_ext
 import oracle
+from m2d_ext import functional
 from m2d_ext.functional import matryoshka_2d_loss, matryoshka_2d_loss_pooled, pool_layers
 
 COMPILED = m2d_ext.build_info()["build"] != "none"
@@ -436,6 +437,55 @@ def test_pooled(backend: str, shape: tuple[Any, ...], normalize: bool, gathered:
     torch.testing.assert_close(loss, truth)
     for grad, expected in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(truth, leaves), strict=True):
         assert oracle.relative_error(grad, expected) < 1e-12
+
+
+HARD_SHAPES = [
+    # L, B, columns, gathered per column, D, dims, hardness of others' candidates, of own negatives
+    (2, 9, 4, 13, 16, [5, 9], 9.0, 0.0),
+    (3, 7, 3, 11, 24, [8, 24], 0.0, 5.0),
+    (2, 6, 2, 9, 16, [16], 4.0, 4.0),
+    (1, 900, 3, 1300, 16, [8, 16], 5.0, 2.0),  # the anchors come in several parts
+]
+
+
+class HardCase(NamedTuple):
+    leaves: list[Tensor]  # pooled rows, and gathered candidates where there are any; float64
+    offset: int
+    options: dict[str, Any]
+
+
+def hard_case(shape: tuple[Any, ...], gathered: bool) -> HardCase:
+    num_layers, batch, columns, column_size, width, dims, hardness, own_hardness = shape
+    generator = torch.Generator().manual_seed(0)
+    counts = [columns * batch, *([(columns - 1) * column_size] if gathered else [])]
+    options: dict[str, Any] = {
+        "num_columns": columns,
+        "dims": dims,
+        "weights": [[1.0, 0.5][: len(dims)]] * num_layers,
+        "kl_weights": [0.7] * (num_layers - 1) + [0.0],
+        "kl_temperature": 0.3,
+        "scale": 20.0,
+        "normalize": False,
+        "hardness": hardness,
+        "own_hardness": own_hardness,
+    }
+    leaves = [torch.randn(num_layers, n, width, generator=generator, dtype=torch.float64) for n in counts]
+    return HardCase([leaf.requires_grad_() for leaf in leaves], column_size - batch if gathered else 0, options)
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("shape", HARD_SHAPES, ids=str)
+def test_hard_candidates(backend: str, shape: tuple[Any, ...], gathered: bool, dtype: torch.dtype) -> None:
+    case = hard_case(shape, gathered)
+    truth = oracle.loss_of_pooled(*case.leaves, target_offset=case.offset, **case.options)
+    leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in case.leaves]
+    loss, _, _ = functional.loss_of_pooled(*leaves, target_offset=case.offset, backend=backend, **case.options)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    assert oracle.relative_error(loss, truth) < tolerance
+    for grad, exact in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(truth, case.leaves), strict=True):
+        assert oracle.relative_error(grad, exact) < tolerance
 
 
 @pytest.mark.skipif(not COMPILED, reason="no extension")

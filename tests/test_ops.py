@@ -85,8 +85,9 @@ def test_add_pooled_grad(dtype: torch.dtype, packed: bool) -> None:
 @pytest.mark.parametrize("needs_grad", [False, True])
 def test_opcheck_of_pooled(gathered: bool, needs_grad: bool) -> None:
     candidates = torch.randn(3, 7, 8) if gathered else None
-    arguments = (torch.randn(3, 4, 8), candidates, 1 if gathered else 0, *_grid(3), needs_grad)
-    torch.library.opcheck(torch.ops.m2d_ext.pooled_loss, arguments)
+    for grid in (_grid(3), _grid(3)._replace(hardness=5.0, own_hardness=2.0)):
+        arguments = (torch.randn(3, 4, 8), candidates, 1 if gathered else 0, *grid, needs_grad)
+        torch.library.opcheck(torch.ops.m2d_ext.pooled_loss, arguments)
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -126,6 +127,11 @@ def test_malformed_calls_are_refused() -> None:
         torch.ops.m2d_ext.pooled_loss(rows, None, 0, *_grid(1, (4, 9)), True)
     with pytest.raises(RuntimeError, match="target_offset"):
         torch.ops.m2d_ext.pooled_loss(rows, None, 1, *_grid(1), True)
+    hard = _grid(1)._replace(num_columns=3, hardness=1.0)
+    for texts, count, offset in [(3, 3, 0), (6, 4, 1)]:
+        rows, candidates = torch.randn(1, texts, 8), torch.randn(1, count, 8)
+        with pytest.raises(RuntimeError, match="hardness asks for as many candidates in every column"):
+            torch.ops.m2d_ext.pooled_loss(rows, candidates, offset, *hard, True)
 
 
 @pytest.mark.parametrize("backend", ["fused", "reference"])

@@ -363,11 +363,24 @@ def draw_loss(seed: int, *, source: str, batch: int | None = None, **options: An
         arrays["candidates"] = rows(count)
         arrays["num_candidates"] = count
         candidates = arrays["candidates"].double()
-    options = settings | {"num_columns": columns, "normalize": flags["normalize"]}
+    hardness = draw_hardness(seed, arrays, columns)
+    arrays |= hardness
+    options = settings | hardness | {"num_columns": columns, "normalize": flags["normalize"]}
+    del options["column_size"]
     tolerance = FLOAT_TOLERANCE
     if source in ("bfloat16", "float16") or flags["allow_tf32"]:
         tolerance = UNCENTERED_TF32_TOLERANCE if unrelated else TF32_TOLERANCE
     return LossProblem(arrays, options, pooled, candidates, arrays["target_offset"], counted, tolerance)
+
+
+def draw_hardness(seed: int, arrays: dict[str, Any], columns: int) -> dict[str, Any]:
+    """Nothing is hard where there is not a place for each candidate in every column."""
+    count = arrays.get("num_candidates", arrays["num_texts"] - arrays["num_anchors"])
+    size, rest = divmod(count, columns - 1)
+    has_places = rest == 0 and arrays["target_offset"] + arrays["num_anchors"] <= size
+    strengths = [(0.0, 0.0), (9.0, 0.0), (0.0, 5.0), (4.0, 4.0)] if has_places else [(0.0, 0.0)]
+    others, own = random.Random(f"hardness {seed}").choice(strengths)
+    return {"hardness": others, "own_hardness": own, "column_size": size}
 
 
 def check_loss_problem(outcome: emulation.Outcome, problem: LossProblem) -> None:
@@ -551,6 +564,9 @@ def test_wrong_offsets_reach_nothing_else(flavor: str, launcher: str) -> None:
         "weights": [[1.0, 1.0]],
         "kl_weights": [0.0],
         "scale": 20.0,
+        "hardness": 0.0,
+        "own_hardness": 0.0,
+        "column_size": 2,
         "kl_temperature": 1.0,
         "normalize": 0,
         "wants_grad": 1,

@@ -257,7 +257,7 @@ class Cells {
     const int64_t rows = last - first;
     const Buffer<Product> u(rows * column_stride_);
     const Buffer<double> row_sums(grad_only(2 * p_.num_dims * rows));
-    const Buffer<double> scratch(std::max(2 * p_.num_candidates, rows_.scratch_size()));
+    const Buffer<double> scratch(std::max(3 * p_.num_candidates, rows_.scratch_size()));
     if (rows_.wants_grad()) std::fill_n(tile_sums(w, first / tile_), 2 * sums_size(), 0.0);
     for (int64_t k = 0; k < e_.used_dims(l); ++k) {
       gemm<Product>({rows, p_.num_candidates, e_.chunk_size(k),
@@ -296,11 +296,14 @@ class Cells {
     const double* ib = e_.prefix_inverse(e_.candidates(l), k);
     double* s = scratch;
     double* e = scratch + m;
+    double* hardened = scratch + 2 * m;
     const double gamma = anchor_gamma(w)[i];
     const double along = anchor_along(w, k)[i] - gamma * e_.center_squared(l, k);
-    const double max = logits(products, gamma, along, candidate_gamma(w), candidate_along(w, k), ib,
-                              p_.scale * ia, m, s);
-    exponentials(s, max, m, e);
+    double max = logits(products, gamma, along, candidate_gamma(w), candidate_along(w, k), ib,
+                        p_.scale * ia, m, s);
+    const bool is_hard = p_.hardness != 0 || p_.own_hardness != 0;
+    if (is_hard) max = harden(s, target, hardened);
+    exponentials(is_hard ? hardened : s, max, m, e);
     const double at_target = e[target];
     e[target] = 0;
     const double others = sum(e, m);
@@ -317,6 +320,16 @@ class Cells {
                      x(w, k, i), weighted, weighted + sums_size());
     row_sums[0] = of_row.weighted;
     row_sums[cosines_offset] = of_row.cosines;
+  }
+
+  // Z of an anchor from its S; returns max Z.
+  double harden(const double* s, int64_t target, double* z) const {
+    double max = max_of_scaled(s, 1.0 + p_.hardness / p_.scale, p_.num_candidates, z);
+    const double own_factor = 1.0 + p_.own_hardness / p_.scale;
+    for (int64_t j = target; j < p_.num_candidates; j += p_.column_size) {
+      z[j] = (j == target ? 1.0 : own_factor) * s[j];
+    }
+    return max;
   }
 
   // X_c = sum_{k >= c} X_k, in place.

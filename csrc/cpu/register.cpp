@@ -151,13 +151,11 @@ LossOutputs run_loss(const Tensor& pooled, const std::optional<Tensor>& candidat
   return outputs;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> loss_op(at::TensorList hidden_states,
-                                                   at::TensorList coefficients,
-                                                   const std::optional<Tensor>& cu_seqlens,
-                                                   const Tensor& weights, const Tensor& kl_weights,
-                                                   at::IntArrayRef dims, int64_t num_columns,
-                                                   double scale, double kl_temperature,
-                                                   bool normalize, bool needs_grad) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> loss_op(
+    at::TensorList hidden_states, at::TensorList coefficients,
+    const std::optional<Tensor>& cu_seqlens, const Tensor& weights, const Tensor& kl_weights,
+    at::IntArrayRef dims, int64_t num_columns, double scale, double kl_temperature, bool normalize,
+    double hardness, double own_hardness, bool needs_grad) {
   PoolProblem problem = read_states(hidden_states, coefficients, cu_seqlens);
   const Tensor pooled = allocate_pooled(problem);
   ReadRows read;
@@ -167,19 +165,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_op(at::TensorList hidden_states,
                                                  layer * p.num_texts + last);
     };
   });
-  LossOutputs out = run_loss(
-      pooled, std::nullopt, 0,
-      {weights, kl_weights, dims, num_columns, scale, kl_temperature, normalize, needs_grad}, read);
+  LossOutputs out = run_loss(pooled, std::nullopt, 0,
+                             {weights, kl_weights, dims, num_columns, scale, kl_temperature,
+                              normalize, hardness, own_hardness, needs_grad},
+                             read);
   return {out.loss, out.cells, out.kl, out.pooled_grad};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pooled_loss_op(
     const Tensor& pooled, const std::optional<Tensor>& candidates, int64_t target_offset,
     const Tensor& weights, const Tensor& kl_weights, at::IntArrayRef dims, int64_t num_columns,
-    double scale, double kl_temperature, bool normalize, bool needs_grad) {
-  LossOutputs out = run_loss(
-      pooled, candidates, target_offset,
-      {weights, kl_weights, dims, num_columns, scale, kl_temperature, normalize, needs_grad});
+    double scale, double kl_temperature, bool normalize, double hardness, double own_hardness,
+    bool needs_grad) {
+  LossOutputs out = run_loss(pooled, candidates, target_offset,
+                             {weights, kl_weights, dims, num_columns, scale, kl_temperature,
+                              normalize, hardness, own_hardness, needs_grad});
   return {out.loss, out.cells, out.kl, out.pooled_grad, out.candidate_grad};
 }
 

@@ -242,8 +242,8 @@ struct AnchorCell {
   Real inverse;  // ia
   Real gamma;
   Real along;        // <c, u_i>_k - gamma |c_k|^2
-  Real max;          // max_j S_j
-  Real coefficient;  // G_j = coefficient exp(S_j - max), but for the target:
+  Real max;          // max_j Z_j
+  Real coefficient;  // G_j = coefficient exp(Z_j - max), but for the target:
   Real others;       // G_t = -coefficient others
   int target;
 };
@@ -285,7 +285,7 @@ M2D_DEVICE void anchor_cell(const LossArgs<Real>& p, const CandidateCell<Real>& 
   Real max = -INFINITY;
 #pragma unroll 2
   for (int j = lane; j < m; j += 32) {
-    const Real logit = scale * cosine(a, b, j, products[j]);
+    const Real logit = static_cast<Real>(s.logit_scale(j, a.target)) * cosine(a, b, j, products[j]);
     max = logit > max ? logit : max;
   }
   a.max = warp_max(max);
@@ -297,7 +297,7 @@ M2D_DEVICE void anchor_cell(const LossArgs<Real>& p, const CandidateCell<Real>& 
   for (int j = lane; j < m; j += 32) {
     if (j == a.target) continue;
     const Real c = cosine(a, b, j, products[j]);
-    const Real e = exponential(scale * c, a.max);
+    const Real e = exponential(static_cast<Real>(s.logit_scale(j, a.target)) * c, a.max);
     others += e;
     weighted += e * b.inverse[j] * static_cast<Real>(b.gamma[j]);
     cosines += e * c;
@@ -324,16 +324,17 @@ M2D_DEVICE void anchor_cell(const LossArgs<Real>& p, const CandidateCell<Real>& 
 // X of one column in cell k of up to 16 anchors, and the column's sums; by one thread. The similarities at `x` become
 // X, to which the sum over the prefixes above is added where there is one, `above` elements away.
 template <class Real>
-M2D_DEVICE void column_cell(const CandidateCell<Real>& b, int j, const AnchorCell<Real>* anchors,
-                            int rows, Real scale, float* x, int64_t stride, int64_t above,
-                            Real* weighted, Real* cosines) {
+M2D_DEVICE void column_cell(const GridShape& s, const CandidateCell<Real>& b, int j,
+                            const AnchorCell<Real>* anchors, int rows, float* x, int64_t stride,
+                            int64_t above, Real* weighted, Real* cosines) {
   Real weighted_sum = 0;
   Real cosine_sum = 0;
 #pragma unroll 1
   for (int i = 0; i < rows; ++i, x += stride) {
     const AnchorCell<Real>& a = anchors[i];
     const Real c = cosine(a, b, j, *x);
-    const Real g = a.coefficient * (j == a.target ? -a.others : exponential(scale * c, a.max));
+    const Real z = static_cast<Real>(s.logit_scale(j, a.target)) * c;
+    const Real g = a.coefficient * (j == a.target ? -a.others : exponential(z, a.max));
     weighted_sum += g * a.inverse * a.gamma;
     cosine_sum += g * c;
     *x = static_cast<float>(g * a.inverse * b.inverse[j]) + (above > 0 ? x[above] : 0.0f);
@@ -379,8 +380,8 @@ M2D_DEVICE void softmax(const LossArgs<Real>& p, const Wave& wave) {
             tile_sums + (kCosines * s.num_dims + k) * static_cast<int64_t>(s.num_candidates);
         for (int j = threadIdx.x; j < s.num_candidates; j += kThreads) {
           if (asked) {
-            column_cell(b, j, anchors, rows, static_cast<Real>(s.scale), x + j, p.x_stride, above,
-                        weighted + j, cosines + j);
+            column_cell(s, b, j, anchors, rows, x + j, p.x_stride, above, weighted + j,
+                        cosines + j);
           } else {
             for (int i = 0; i < rows; ++i) x[i * p.x_stride + j] = x[i * p.x_stride + j + above];
             weighted[j] = 0;
@@ -766,6 +767,9 @@ GridShape grid_shape(const LossParams<float>& p) {
   s.num_dims = static_cast<int>(p.num_dims);
   s.target_offset = static_cast<int>(p.target_offset);
   s.scale = static_cast<float>(p.scale);
+  s.own_scale = static_cast<float>(p.scale + p.own_hardness);
+  s.others_scale = static_cast<float>(p.scale + p.hardness);
+  s.column_size = static_cast<int>(p.column_size);
   s.kl_temperature = static_cast<float>(p.kl_temperature);
   s.normalize = p.normalize;
   s.gathered = p.gathered;

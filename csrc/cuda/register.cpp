@@ -211,34 +211,34 @@ LossOutputs run_loss(LossProblem<float> problem, const PoolParams* tokens, State
   return std::move(problem.outputs);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> loss_op(at::TensorList hidden_states,
-                                                   at::TensorList coefficients,
-                                                   const std::optional<Tensor>& cu_seqlens,
-                                                   const Tensor& weights, const Tensor& kl_weights,
-                                                   at::IntArrayRef dims, int64_t num_columns,
-                                                   double scale, double kl_temperature,
-                                                   bool normalize, bool needs_grad) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> loss_op(
+    at::TensorList hidden_states, at::TensorList coefficients,
+    const std::optional<Tensor>& cu_seqlens, const Tensor& weights, const Tensor& kl_weights,
+    at::IntArrayRef dims, int64_t num_columns, double scale, double kl_temperature, bool normalize,
+    double hardness, double own_hardness, bool needs_grad) {
   const PoolProblem problem = read_uniform_states(hidden_states, coefficients, cu_seqlens);
   const StateType type = state_type(problem);
   const c10::cuda::CUDAGuard guard(problem.options.device());
-  LossOutputs out =
-      run_loss(read_loss_of_tokens(problem, {weights, kl_weights, dims, num_columns, scale,
-                                             kl_temperature, normalize, needs_grad}),
-               &problem.params, type);
+  LossOutputs out = run_loss(
+      read_loss_of_tokens(problem, {weights, kl_weights, dims, num_columns, scale, kl_temperature,
+                                    normalize, hardness, own_hardness, needs_grad}),
+      &problem.params, type);
   return {out.loss, out.cells, out.kl, out.pooled_grad};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pooled_loss_op(
     const Tensor& pooled, const std::optional<Tensor>& candidates, int64_t target_offset,
     const Tensor& weights, const Tensor& kl_weights, at::IntArrayRef dims, int64_t num_columns,
-    double scale, double kl_temperature, bool normalize, bool needs_grad) {
+    double scale, double kl_temperature, bool normalize, double hardness, double own_hardness,
+    bool needs_grad) {
   const StateType type = state_type(pooled.scalar_type());
   TORCH_CHECK(type == StateType::kFloat, "pooled must be float32, got ", pooled.scalar_type());
   const c10::cuda::CUDAGuard guard(pooled.device());
-  LossOutputs out = run_loss(read_loss<float>(pooled, candidates, target_offset,
-                                              {weights, kl_weights, dims, num_columns, scale,
-                                               kl_temperature, normalize, needs_grad}),
-                             nullptr, type);
+  LossOutputs out =
+      run_loss(read_loss<float>(pooled, candidates, target_offset,
+                                {weights, kl_weights, dims, num_columns, scale, kl_temperature,
+                                 normalize, hardness, own_hardness, needs_grad}),
+               nullptr, type);
   return {out.loss, out.cells, out.kl, out.pooled_grad, out.candidate_grad};
 }
 

@@ -27,7 +27,10 @@ struct RowSet {
 struct GridShape {
   int num_layers, num_texts, num_anchors, num_candidates, dim, num_dims, target_offset;
   int dims[kMaxDims];
-  float scale, kl_temperature;
+  float kl_temperature;
+  float scale, own_scale,
+      others_scale;  // Z / C of the positive, an anchor's own other candidates, all others
+  int column_size;   // candidates of one column
   bool normalize, gathered, wants_grad, has_kl;
   int16_t used_dims[kMaxLayers];  // prefixes up to the last one whose weight is not 0
   float weights[kMaxLayers * kMaxDims];
@@ -35,6 +38,12 @@ struct GridShape {
 
   M2D_DEVICE int chunk_begin(int k) const { return k == 0 ? 0 : dims[k - 1]; }
   M2D_DEVICE float weight(int layer, int k) const { return weights[layer * num_dims + k]; }
+  // Z / C of candidate j for the anchor whose positive is `target`.
+  M2D_DEVICE float logit_scale(int j, int target) const {
+    if (j == target) return scale;
+    if (own_scale == others_scale) return others_scale;
+    return j % column_size == target ? own_scale : others_scale;
+  }
 };
 
 template <class Real>

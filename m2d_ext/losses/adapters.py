@@ -47,11 +47,20 @@ def is_ranking(loss: Any) -> bool:
 
 def info_nce_directions(loss: Any) -> list[str]:
     """The directions whose cross-entropies, as the fused kernel computes them, the loss is the mean of; or none."""
-    if not is_ranking(loss) or _is_hardened(loss):
+    if not is_ranking(loss):
         return []
     directions = set(loss.directions)
     is_sum = len(directions) == 1 or loss.partition_mode == "per_direction"
     return [direction for direction in ("query_to_doc", "doc_to_query") if direction in directions] if is_sum else []
+
+
+def hardness(loss: Any) -> tuple[float, float]:
+    """``hardness`` and ``own_hardness`` of :class:`m2d_ext.grid.Grid` for a loss of that cross-entropy."""
+    if not _is_hardened(loss):
+        return 0.0, 0.0
+    others = 0.0 if loss.hardness_mode == "hard_negatives" else loss.hardness_strength
+    own = 0.0 if loss.hardness_mode == "in_batch_negatives" else loss.hardness_strength
+    return others, own
 
 
 def refusal(loss: Any, normalized: bool, teaches: bool) -> str | None:
@@ -108,8 +117,7 @@ def _rank_anchors(loss: Any, rows: Rows, blocks: dict[str, tuple[Tensor, Tensor]
         score = similarities * loss.scale
         if direction == "query_to_doc":
             if _is_hardened(loss):
-                hard = ~_spared(loss.hardness_mode, own_documents, own.shape[1])
-                score = score.addcmul(similarities.detach(), loss.hardness_strength * hard.to(score))
+                score = score.addcmul(similarities.detach(), _hardness_table(loss, own, own_documents).to(score))
             positive = score.diagonal(rows.offset + anchors.start, -2, -1)  # of each anchor: (L, K, A)
         for mask in (excluded.get(direction), false.get(direction)):
             score = score if mask is None else score.masked_fill(mask, -torch.inf)
@@ -152,15 +160,12 @@ def _false_negatives(rows: Rows, blocks: dict[str, tuple[Tensor, Tensor]], ancho
     return false
 
 
-def _spared(mode: str, own_documents: Tensor, num_texts: int) -> Tensor:
-    """The documents (B, M) that a hardness mode leaves as they are."""
-    spared = own_documents.clone()
-    if mode == "hard_negatives":
-        spared = ~own_documents
-        spared[:, :num_texts] = True
-    elif mode == "all_negatives":
-        spared[:, num_texts:] = False
-    return spared
+def _hardness_table(loss: Any, own: Tensor, own_documents: Tensor) -> Tensor:
+    """(A, (C - 1) M), from where an anchor's own text is in one column (A, M) and in all of the documents'."""
+    others, own_others = hardness(loss)
+    table = torch.full(own_documents.shape, others, device=own.device).masked_fill_(own_documents, own_others)
+    table[:, : own.shape[1]].masked_fill_(own, 0)
+    return table
 
 
 # -- ranking by labels: cosent.py, angle.py --

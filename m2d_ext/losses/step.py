@@ -232,23 +232,16 @@ class _Plan:
         loss, values, kl = self._info_nce(pooled, cells, candidates)
         if len(self._directions) > 1:
             turned = torch.cat([rows.columns[1], rows.columns[0]], dim=1)
-            without_kl = {"num_columns": 2, "kl_weights": None}
-            back, back_values, _ = self._info_nce(turned, cells, rows.gathered[0] if gathers else None, **without_kl)
+            only_cells = {"num_columns": 2, "kl_weights": None, "hardness": 0.0, "own_hardness": 0.0}
+            back, back_values, _ = self._info_nce(turned, cells, rows.gathered[0] if gathers else None, **only_cells)
             loss, values = loss + back, share * (values + back_values)
         return loss, values, kl
 
     def _info_nce(
         self, pooled: Tensor, cells: Cells, candidates: Tensor | None, **options: Any
     ) -> functional.LossAndCells:
-        results = functional.matryoshka_2d_loss_pooled(
-            pooled,
-            candidates=candidates,
-            target_offset=0 if self._batches is None else self._batches.offset,
-            return_cells=True,
-            **self._options(cells) | options,
-        )
-        assert isinstance(results, tuple)
-        return results
+        offset = 0 if self._batches is None else self._batches.offset
+        return functional.loss_of_pooled(pooled, candidates, offset, **self._options(cells) | options)
 
     def _adapted(self, pooled: Tensor, cells: Cells, rows: Rows) -> tuple[Tensor, Tensor]:
         """The weighted sum of the cells, and each."""
@@ -281,25 +274,28 @@ class _Plan:
     def _feature_kl(self, pooled: Tensor, cells: Cells) -> tuple[Tensor, Tensor]:
         """The KLs of all layers, weighted, and each; there is no ranking, so every text may be a column."""
         rows = pooled if pooled.shape[1] > 1 else pooled.repeat(1, 2, 1)
-        results = functional.matryoshka_2d_loss_pooled(
+        loss, _, kl = functional.loss_of_pooled(
             rows,
             num_columns=rows.shape[1],
             dims=cells.dims[-1:],
             weights=[[0.0]] * len(rows),
             kl_weights=cells.kl_weights,
             kl_temperature=cells.kl_temperature,
+            scale=1.0,
             normalize=self._step.normalize,
-            return_cells=True,
         )
-        return results[0], results[2]
+        return loss, kl
 
     def _result(self, results: functional.LossAndCells, cells: Cells) -> Result:
         return Result(*results, layers=sorted(self._draw), cells=cells, num_states=self.num_states)
 
     def _options(self, cells: Cells) -> dict[str, Any]:
         step = self._step
+        hardness, own_hardness = adapters.hardness(step.loss)
         return {
             "num_columns": len(self._columns),
+            "hardness": hardness,
+            "own_hardness": own_hardness,
             "scale": step.loss.scale,
             "normalize": step.normalize,
             "dims": cells.dims,

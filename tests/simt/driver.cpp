@@ -247,6 +247,9 @@ cudaError_t run_loss(const Arrays& problem, Memory& memory, Arrays& results) {
   p.weights = weights.data();
   p.kl_weights = kl_weights.data();
   p.scale = problem.real("scale");
+  p.hardness = problem.real("hardness");
+  p.own_hardness = problem.real("own_hardness");
+  p.column_size = problem.integer("column_size");
   p.kl_temperature = problem.real("kl_temperature");
   p.normalize = problem.integer("normalize") != 0;
 
