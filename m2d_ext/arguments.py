@@ -38,6 +38,11 @@ class Tokens(NamedTuple):
         return sum(map(len, self.coefficients)) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
 
     @property
+    def learns(self) -> bool:
+        """Whether the coefficients too want a gradient."""
+        return torch.is_grad_enabled() and any(table.requires_grad for table in self.coefficients)
+
+    @property
     def flat_states(self) -> list[Tensor]:
         """Packed states without the leading 1 that an encoder gives them; padded ones as they are."""
         if self.cu_seqlens is None:

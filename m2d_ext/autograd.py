@@ -122,6 +122,30 @@ class _Pool(torch.autograd.Function):
         return (None, None, None, *_scatter_now(ctx, grad_pooled.contiguous(), None, ctx.needs_input_grad[3:]))
 
 
+class _CoefficientGradients(torch.autograd.Function):
+    """Hands on the pooled rows, and gives learned coefficients ``da[n, t] = sum_l <dP[l, n], H[l, n, t]>``."""
+
+    @staticmethod
+    def forward(ctx: Any, pooled: Tensor, blocks: int, *tables_and_states: Tensor) -> Tensor:
+        ctx.blocks = blocks
+        ctx.save_for_backward(*tables_and_states)
+        return pooled.view_as(pooled)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_pooled: Tensor) -> Any:
+        tables, states = ctx.saved_tensors[: ctx.blocks], ctx.saved_tensors[ctx.blocks :]
+        rows = grad_pooled.split([len(table) for table in tables], dim=1)
+        grads = [_table_gradient(rows[i], states[i :: ctx.blocks]) for i in range(ctx.blocks)]
+        return (grad_pooled, None, *grads, *[None] * len(states))
+
+
+def _table_gradient(pooled_grad: Tensor, states: Sequence[Tensor]) -> Tensor:
+    """From dP (L, n, D) and L states (n, T, D) of one block: (n, T)."""
+    parts = [torch.bmm(h.to(rows.dtype), rows[..., None]) for h, rows in zip(states, pooled_grad, strict=True)]
+    return torch.stack(parts).sum(0).squeeze(-1)
+
+
 class _MaxPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, coefficients: Any, cu_seqlens: Tensor | None, *states: Tensor) -> Tensor:
@@ -153,11 +177,16 @@ def pool(
     cu_seqlens: Tensor | None,
     deferred: bool = False,
 ) -> Tensor:
-    """Differentiable :func:`m2d_ext.ops.pool`; ``deferred`` as in :func:`loss`."""
+    """Differentiable :func:`m2d_ext.ops.pool`, in padded coefficients too; ``deferred`` as in :func:`loss`."""
+    constants = tuple(table.detach() for table in coefficients)
     if _needs_grad(*hidden_states):
-        later = _deferred(hidden_states, coefficients, cu_seqlens, deferred)
-        return _Pool.apply(tuple(coefficients), cu_seqlens, later, *hidden_states)
-    return ops.pool(_flat(hidden_states, cu_seqlens), coefficients, cu_seqlens)
+        later = _deferred(hidden_states, constants, cu_seqlens, deferred)
+        pooled = _Pool.apply(constants, cu_seqlens, later, *hidden_states)
+    else:
+        pooled = ops.pool(_flat(hidden_states, cu_seqlens), constants, cu_seqlens)
+    if not _needs_grad(*coefficients):
+        return pooled
+    return _CoefficientGradients.apply(pooled, len(coefficients), *coefficients, *(h.detach() for h in hidden_states))
 
 
 def _deferred(

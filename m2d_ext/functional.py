@@ -227,7 +227,7 @@ def _is_fused(backend: str, tensor: Tensor, *, layers: int, blocks: int = 1, dim
 
 
 def _loss(tokens: Tokens, grid: Grid, fused: bool, deferred: bool) -> LossAndCells:
-    if fused and not tokens.maximum:
+    if fused and not tokens.maximum and not tokens.learns:
         return autograd.loss(tokens.states, tokens.coefficients, tokens.cu_seqlens, grid, deferred)
     return _pooled_loss(_pool(tokens, fused), None, 0, grid, fused)
 

@@ -70,6 +70,14 @@ def test_equal_to_the_whole_batch(architecture: str, pooling: str, columns: int,
     assert_close(found, expected, 1e-10)
 
 
+def test_weights_of_words_get_the_gradient_of_the_whole_batch() -> None:
+    model = tiny_model(word_weights=True).double()
+    columns = columns_of(model)
+    expected = gradients(loss_2d(model), columns)
+    assert expected["model.1.emb_layer.weight"].norm() > 0
+    assert_close(gradients(loss_2d(model, mini_batch_size=4), columns), expected, 1e-10)
+
+
 @pytest.mark.parametrize("name", ["Matryoshka2dLoss", "AdaptiveLayerLoss", "MatryoshkaLoss"])
 @pytest.mark.parametrize("size", [{"mini_batch_size": 4}, {"mini_batch_num_tokens": 20}, "base"], ids=str)
 def test_every_class(name: str, size: Any) -> None:

@@ -106,6 +106,13 @@ def test_cells_of_every_evaluator(name: str, normalize: bool) -> None:
     assert_equal_to_cut_models(model, name, grid)
 
 
+def test_cells_with_weights_of_words() -> None:
+    model = tiny_model(num_layers=LAYERS, word_weights=True).double()
+    grid = m2d_ext.GridEvaluator(EVALUATORS["similarity"](), layers=[LAYERS, 1], dims=DIMS).grid(model)
+    assert_equal_to_cut_models(model, "similarity", grid)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
 def test_each_text_is_encoded_once() -> None:
     model = tiny_model(num_layers=LAYERS)
     seen: list[str] = []

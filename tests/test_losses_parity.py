@@ -867,6 +867,49 @@ def test_modules_after_pooling(wrapper: str, normalize: bool, arguments: dict[st
     assert any(".linear." in name for name in comparison.gradient_ratios)
 
 
+WORD_WEIGHTS = [
+    (pooling, trained)
+    for pooling in ("mean", "cls", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens", ("mean", "cls"))
+    for trained in ("all", "weights", "encoder")
+    # How long a row of a single token is matters to no cosine: nothing but zeros to compare.
+    if (pooling, trained) not in (("cls", "weights"), ("lasttoken", "weights"))
+]
+
+
+@pytest.mark.parametrize("base", ["plain", "two directions, apart", "CoSENT"])
+@pytest.mark.parametrize(("pooling", "trained"), WORD_WEIGHTS, ids=str)
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_word_weights(wrapper: str, pooling: str | tuple[str, ...], trained: str, base: str) -> None:
+    """The weights of words are trained by every layer, where they are trained."""
+    width = HIDDEN if isinstance(pooling, str) else HIDDEN * len(pooling)
+    configuration = Configuration(
+        arguments=FALLBACK_ARGUMENTS | {"matryoshka_dims": [width, 16, 8]},
+        left_padding=True,
+        lengths=((3, 5, 4, 7), (11, 4, 6, 3)),
+        model_arguments={"pooling": pooling, "word_weights": True, "include_prompt": False},
+    )
+    model = configuration.model()
+    model[0].requires_grad_(trained != "weights")
+    model[1].requires_grad_(trained != "encoder")
+
+    def features_with_prompt(model: SentenceTransformer) -> list[dict[str, Any]]:
+        return [{**column, "prompt_length": 1} for column in configuration.features(model)]
+
+    chosen = BASE_LOSSES.get(base, Base(base_loss))
+    comparison = check(
+        wrapper,
+        configuration,
+        model=model,
+        base=chosen.build,
+        labels=chosen.labels,
+        features=features_with_prompt,
+        dtype=torch.float64,  # some gradients are zero here too, and noise in float32
+        tolerance=1e-10,
+    )
+    assert bool(comparison.fallbacks) == (pooling == "max")
+    assert (comparison.ours.gradients["model.1.emb_layer.weight"] is None) == (trained == "encoder")
+
+
 @pytest.mark.parametrize("index", [1, 2], ids=["pooling", "normalize"])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_fallback_for_hooked_modules(wrapper: str, index: int) -> None:

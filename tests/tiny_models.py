@@ -17,7 +17,7 @@ import torch
 import transformers
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
-from sentence_transformers.sentence_transformer.modules import Pooling
+from sentence_transformers.sentence_transformer.modules import Pooling, WordWeights
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
@@ -222,6 +222,7 @@ def tiny_model(
     normalize: bool = False,
     pooling: str | Sequence[str] = "mean",
     include_prompt: bool = True,
+    word_weights: bool = False,
     dense: int | None = None,
     left_padding: bool = False,
     hidden: int = HIDDEN,
@@ -229,7 +230,7 @@ def tiny_model(
     dropout: float = 0.0,
     seed: int = 0,
 ) -> SentenceTransformer:
-    """Transformer -> Pooling [-> Dense of `dense` features] [-> Normalize], in training mode, on the CPU, float32.
+    """Transformer [-> WordWeights] -> Pooling [-> Dense of `dense` features] [-> Normalize], training, in float32.
 
     The same arguments give the same weights; every call gives its own copy. `hidden_states` has `num_layers + 1`
     entries.
@@ -237,6 +238,10 @@ def tiny_model(
     transformer = copy.deepcopy(_transformer(architecture, left_padding, hidden, num_layers, dropout, seed))
     pooling_module = Pooling(hidden, pooling_mode=pooling, include_prompt=include_prompt)
     modules: list[torch.nn.Module] = [transformer, pooling_module]
+    if word_weights:
+        vocabulary = transformer.tokenizer.get_vocab()
+        words = sorted(vocabulary, key=vocabulary.__getitem__)
+        modules.insert(1, WordWeights(words, {word: 0.2 + 0.1 * (i % 17) for i, word in enumerate(words)}))
     if dense is not None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -11,7 +11,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize
 from torch import Tensor, nn
 
 from ..architecture import final_norm
-from ..losses.embed import Features, pool_all_layers, replaced_forward, returned_states
+from ..losses.embed import Features, pool_all_layers, pooling_of, replaced_forward, replaced_forwards, returned_states
 from ..losses.pipeline import why_not_model
 from .truncate import find_layers
 
@@ -80,14 +80,14 @@ class AllLayers:
 
     @contextmanager
     def _states_returned(self) -> Iterator[None]:
-        modules = list(self.model.children())
-        pool = partial(pool_all_layers, modules[1], self._earlier, self._norm, False)
+        pooling = pooling_of(self.model)
+        forwards: dict[nn.Module, Any] = {pooling: partial(pool_all_layers, pooling, self._earlier, self._norm, False)}
+        if self.normalizes:
+            forwards[list(self.model.children())[-1]] = lambda features, **_: features
         with ExitStack() as stack:
             if self._earlier:
                 stack.enter_context(returned_states(self.model, list(self._earlier)))
-            stack.enter_context(replaced_forward(modules[1], pool))
-            if self.normalizes:
-                stack.enter_context(replaced_forward(modules[-1], lambda features, **_: features))
+            stack.enter_context(replaced_forwards(self.model, forwards))
             stack.enter_context(replaced_forward(self.model, partial(self._side_by_side, self.model.forward)))
             yield
 

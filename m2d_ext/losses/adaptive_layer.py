@@ -30,8 +30,9 @@ class AdaptiveLayerLoss(nn.Module):
         loss = last_layer_weight M(final) + sum_j prior_layers_weight w(j) M(j) / k + sum_j kl_div_weight T KL_j
 
     where M is the base loss and KL_j = KL(softmax(e_final / T) || softmax(e_j / T)), e_final detached. All layers
-    cost one fused loss for a ``MultipleNegativesRankingLoss``, alone or in a ``MatryoshkaLoss``, behind Transformer,
-    Pooling and perhaps Normalize; anything else runs the reference loop, and one log line says why.
+    cost one pooling and one loss for sentence-transformers' own base losses, alone or in a ``MatryoshkaLoss``, and
+    models of Transformer, perhaps WordWeights, Pooling and modules that work on rows (the README lists both); anything
+    else runs the reference loop, and one log line says why.
 
     Li et al., "2D Matryoshka Sentence Embeddings", arXiv:2402.14776.
 

@@ -10,7 +10,7 @@ import torch
 import transformers
 from packaging.version import Version
 from sentence_transformers.base.losses.merged_forward import merge_feature_batches
-from sentence_transformers.sentence_transformer.modules import Normalize
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, WordWeights
 from torch import Tensor, nn
 
 from .. import functional
@@ -44,6 +44,18 @@ def replaced_forward(module: Any, forward: Any) -> Iterator[None]:
 
 
 @contextmanager
+def replaced_forwards(model: Any, forwards: dict[nn.Module, Callable[..., Features]]) -> Iterator[None]:
+    """Let modules of a model have these forwards, and a WordWeights one that weighs coefficients, not tokens."""
+    with ExitStack() as stack:
+        for module in model.children():
+            if isinstance(module, WordWeights):
+                stack.enter_context(replaced_forward(module, partial(_note_token_weights, module)))
+            elif module in forwards:
+                stack.enter_context(replaced_forward(module, forwards[module]))
+        yield
+
+
+@contextmanager
 def returned_states(model: Any, wanted: bool | list[int]) -> Iterator[None]:
     """Let the encoder return every layer's hidden states, or those of some, and leave its configuration as it was.
 
@@ -71,7 +83,8 @@ def embed(
 
     Args:
         wrapper: what is called: the model itself, or what wraps it.
-        model: the SentenceTransformer: Transformer, Pooling, perhaps Normalize. Only the first one runs.
+        model: the SentenceTransformer: Transformer, perhaps WordWeights, Pooling, perhaps Normalize. Of those that are
+            not the first, only WordWeights does anything.
         batches: feature dicts, which are left as they are.
         earlier: indices of the earlier hidden states that are wanted, ascending; None: all.
         norm: what the earlier states pass through.
@@ -85,7 +98,8 @@ def embed(
     """
     outputs = _call(wrapper, model, batches, earlier, dict.fromkeys(list(model.children())[1:], _pass_on))
     states = [_states(output, earlier, norm) for output in outputs]
-    return _tokens(states, outputs, model[1], model[1].pooling_mode), _num_states(outputs[0])
+    pooling = pooling_of(model)
+    return _tokens(states, outputs, pooling, pooling.pooling_mode), _num_states(outputs[0])
 
 
 def embed_rows(
@@ -103,7 +117,7 @@ def embed_rows(
 
     Args:
         wrapper: as in :func:`embed`, and so are the next four.
-        model: Transformer, Pooling, and then modules that work on rows.
+        model: Transformer, perhaps WordWeights, Pooling, and then modules that work on rows.
         batches: as there.
         earlier: as there.
         norm: as there.
@@ -116,8 +130,9 @@ def embed_rows(
     if not transforms_rows(model):
         tokens, num_states = embed(wrapper, model, batches, earlier, norm)
         return functional.pool_of_tokens(tokens, deferred=deferred), num_states
-    pool = partial(pool_all_layers, model[1], earlier, norm, deferred)
-    outputs = _call(wrapper, model, batches, earlier, {model[1]: pool})
+    pooling = pooling_of(model)
+    pool = partial(pool_all_layers, pooling, earlier, norm, deferred)
+    outputs = _call(wrapper, model, batches, earlier, {pooling: pool})
     num_states = _num_states(outputs[0])
     layers = num_states if earlier is None else len(earlier) + 1
     rows = torch.cat([output["sentence_embedding"] for output in outputs]).unflatten(0, (-1, layers)).movedim(1, 0)
@@ -126,8 +141,14 @@ def embed_rows(
 
 def transforms_rows(model: Any) -> bool:
     """Whether rows are more than one mode's pooling of hidden states, normalised or not."""
-    modules = list(model.children())
-    return not isinstance(modules[1].pooling_mode, str) or any(not isinstance(m, Normalize) for m in modules[2:])
+    modules, pooling = list(model.children()), pooling_of(model)
+    after = modules[modules.index(pooling) + 1 :]
+    return not isinstance(pooling.pooling_mode, str) or any(not isinstance(module, Normalize) for module in after)
+
+
+def pooling_of(model: Any) -> Any:
+    """The model's Pooling."""
+    return next(module for module in model.children() if isinstance(module, Pooling))
 
 
 def select_layers(rows: Tensor, layers: Sequence[int]) -> Tensor:
@@ -148,8 +169,7 @@ def _call(
             stack.enter_context(returned_states(model, True))
         elif earlier:
             stack.enter_context(returned_states(model, list(earlier)))
-        for module, forward in forwards.items():
-            stack.enter_context(replaced_forward(module, forward))
+        stack.enter_context(replaced_forwards(model, forwards))
         # Copies: the modules write their outputs into the dicts, and the caller's would keep all states alive.
         return [wrapper(dict(batch)) for batch in batches]
 
@@ -177,6 +197,16 @@ def pool_all_layers(
 def _num_states(output: Features) -> int:
     """How many hidden states the encoder has; one without layers returns none."""
     return max(1, len(output.get("all_layer_embeddings", ())))
+
+
+def _note_token_weights(word_weights: Any, features: Features, **_: Any) -> Features:
+    """A WordWeights' forward that leaves the tokens as they are and notes what they weigh, the same in every layer."""
+    tokens = features["token_embeddings"]
+    ones = tokens.new_ones(()).expand(*tokens.shape[:-1], 1)
+    weighed = type(word_weights).forward(word_weights, {**features, "token_embeddings": ones})
+    features["token_weights"] = weighed["token_embeddings"].squeeze(-1)
+    features["token_weights_sum"] = weighed["token_weights_sum"]
+    return features
 
 
 def _pass_on(features: Features, **_: Any) -> Features:
@@ -271,15 +301,22 @@ def _tokens(states: Sequence[Sequence[Tensor]], outputs: Sequence[Features], poo
         )
         return Tokens(layer_major, [table], offsets, maximum=mode == "max")
     tables = [
-        padded_coefficients(
-            _mask(output, block[-1]),
-            mode,
-            accumulate_dtype(dtype),
-            prompt_length=0 if pooling.include_prompt else _prompt_length(output),
-        )
+        _padded_table(output, _mask(output, block[-1]), pooling, mode, accumulate_dtype(dtype))
         for output, block in zip(outputs, states, strict=True)
     ]
     return Tokens(layer_major, tables, maximum=mode == "max")
+
+
+def _padded_table(output: Features, mask: Tensor, pooling: Any, mode: str, dtype: torch.dtype) -> Tensor:
+    table = padded_coefficients(
+        mask,
+        mode,
+        dtype,
+        prompt_length=0 if pooling.include_prompt else _prompt_length(output),
+        weights_sum=output.get("token_weights_sum"),
+    )
+    weights = output.get("token_weights")
+    return table if weights is None else table * weights.to(dtype)
 
 
 def _mask(features: Features, states: Tensor) -> Tensor:

@@ -49,8 +49,8 @@ class MatryoshkaLoss(nn.Module):
     """Trains embeddings that can be cut to fewer dimensions: the sum of a base loss over prefixes of them.
 
     A drop-in for ``sentence_transformers.losses.MatryoshkaLoss``: the same loss, gradients, draws and errors. All
-    dims of a ``MultipleNegativesRankingLoss`` behind Transformer, Pooling and perhaps Normalize cost one fused loss;
-    anything else runs the reference loop, and one log line says why.
+    dims cost one loss for what :class:`m2d_ext.AdaptiveLayerLoss` takes; anything else runs the reference loop, and
+    one log line says why.
 
     Kusupati et al., "Matryoshka Representation Learning", arXiv:2205.13147.
 

@@ -6,12 +6,12 @@ from typing import Any
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.model import BaseModel
 from sentence_transformers.base.modules import Transformer
-from sentence_transformers.sentence_transformer.modules import Dense, LayerNorm, Normalize, Pooling
+from sentence_transformers.sentence_transformer.modules import Dense, LayerNorm, Normalize, Pooling, WordWeights
 from torch import nn
 
 from . import adapters, fallback
 from .cached import uncached
-from .embed import Features, is_packed
+from .embed import Features, is_packed, pooling_of
 
 # What only the reference loop reads from a batch.
 UNFUSED_FEATURES = ("token_weights_sum", "cls_token_embeddings")
@@ -65,7 +65,7 @@ def why_not_fused(
     return (
         why_not_model(model)
         or _why_not_loss(base_loss, model, labels, cuts_dims or is_normalized(model))
-        or _why_not_features(features)
+        or _why_not_features(model, features)
     )
 
 
@@ -86,14 +86,20 @@ def why_not_model(model: Any) -> str | None:
     if getattr(type(model), "forward", None) is not SentenceTransformer.forward:
         return f"{type(model).__name__} has its own forward"
     modules = list(model.children())
-    if [type(module) for module in modules[:2]] != [Transformer, Pooling]:
+    of_tokens = [type(module) for module in modules if type(module) is not WordWeights][:2]
+    if of_tokens != [Transformer, Pooling] or type(modules[0]) is not Transformer:
         return "the model does not start with Transformer and Pooling"
     if getattr(modules[0], "module_output_name", "token_embeddings") != "token_embeddings":
         return "the Transformer does not return token embeddings"
-    others = [type(module).__name__ for module in modules[2:] if type(module) not in ROW_MODULES]
+    after = modules[modules.index(pooling_of(model)) + 1 :]
+    others = [type(module).__name__ for module in after if type(module) not in ROW_MODULES]
     if others:
         return f"the model has {others[0]} after Pooling"
-    for module in modules[2:]:
+    if _num_word_weights(model) > 1:
+        return "the model has more than one WordWeights"
+    if _num_word_weights(model) == 1 and "max" in pooling_of(model).pooling_mode:
+        return "the model has WordWeights before a max pooling"
+    for module in after:
         for name in ("module_input_name", "module_output_name"):
             if getattr(module, name, "sentence_embedding") != "sentence_embedding":
                 return f"{type(module).__name__} does not read or write the sentence embedding alone"
@@ -102,9 +108,16 @@ def why_not_model(model: Any) -> str | None:
     return None
 
 
-def _why_not_features(features: Sequence[Features]) -> str | None:
-    if len({is_packed(column) for column in features}) > 1:
+def _num_word_weights(model: Any) -> int:
+    return sum(type(module) is WordWeights for module in model.children())
+
+
+def _why_not_features(model: Any, features: Sequence[Features]) -> str | None:
+    packed = [is_packed(column) for column in features]
+    if any(packed) and not all(packed):
         return "the batch has packed and padded columns"
+    if any(packed) and _num_word_weights(model) > 0:
+        return "the batch has packed columns, whose tokens WordWeights does not weigh"
     present = [key for key in UNFUSED_FEATURES if any(key in column for column in features)]
     return f"the batch has {present[0]}" if present else None
 
