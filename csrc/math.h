@@ -44,6 +44,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #define M2D_INLINE __host__ __device__ __forceinline__
@@ -69,19 +70,23 @@ M2D_INLINE bool is_clamped(double inverse_norm) {
 }
 
 // exp(x) for x <= 0, branch-free so that a loop over it vectorises: 2^n exp(r), |r| <= ln(2) / 2, by the
-// Taylor series to r^13 / 13! (relative error below 2^-52). NaN stays NaN; the result never falls below
-// the smallest normal number.
+// Taylor series to r^9 / 9! (relative error below 2^-36), which is for results that are stored as float, or to
+// r^13 / 13! (below 2^-52). NaN stays NaN; the result never falls below the smallest normal number.
+template <class T>
 M2D_INLINE double exp_nonpositive(double x) {
   constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer
   x = x < -708.0 ? -708.0 : x;
   const double shifted = x * 1.4426950408889634 + kRound;
   const double n = shifted - kRound;
   const double r = (x - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;
-  double p = 1.0 / 6227020800.0;
-  p = p * r + 1.0 / 479001600.0;
-  p = p * r + 1.0 / 39916800.0;
-  p = p * r + 1.0 / 3628800.0;
-  p = p * r + 1.0 / 362880.0;
+  double p = 1.0 / 362880.0;
+  if constexpr (std::is_same_v<T, double>) {
+    double tail = 1.0 / 6227020800.0;
+    tail = tail * r + 1.0 / 479001600.0;
+    tail = tail * r + 1.0 / 39916800.0;
+    tail = tail * r + 1.0 / 3628800.0;
+    p = tail * r + p;
+  }
   p = p * r + 1.0 / 40320.0;
   p = p * r + 1.0 / 5040.0;
   p = p * r + 1.0 / 720.0;

@@ -42,8 +42,8 @@ def padded_coefficients(
     weights = kept.to(dtype)
     if pooling == "weightedmean":
         weights = weights * (_positions(mask) + 1 - _first_token(mask)[:, None])
-    total = weights.sum(1) if weights_sum is None else weights_sum.to(dtype)
-    total = total.clamp(min=MIN_WEIGHT_SUM)[:, None]
+    total = weights.sum(1, keepdim=True) if weights_sum is None else weights_sum.to(dtype)[:, None]
+    total = total.clamp(min=MIN_WEIGHT_SUM)
     return weights / (total.sqrt() if pooling == "mean_sqrt_len_tokens" else total)
 
 

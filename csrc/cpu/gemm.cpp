@@ -18,6 +18,14 @@ struct VectorOf {
   typedef T type __attribute__((vector_size(kBytes)));
 };
 
+template <class Vector, class T>
+M2D_INLINE void store(const Vector& sum, bool accumulate, T* c) {
+  Vector total = {};
+  if (accumulate) std::memcpy(&total, c, sizeof(total));
+  total += sum;
+  std::memcpy(c, &total, sizeof(total));
+}
+
 // `cols` <= two vectors are stored; lanes beyond them hold whatever followed in B.
 template <int kBytes, int kRows, class T>
 M2D_INLINE void block(const Gemm<T>& p, int64_t row, int64_t col, int64_t cols) {
@@ -40,22 +48,30 @@ M2D_INLINE void block(const Gemm<T>& p, int64_t row, int64_t col, int64_t cols) 
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
     T* c = p.c + (row + r) * p.c_stride + col;
-    T sum[2 * kLanes];
-    std::memcpy(sum, sums[r], sizeof(sum));
-    for (int64_t j = 0; j < cols; ++j) c[j] = p.accumulate ? c[j] + sum[j] : sum[j];
+    if (cols == 2 * kLanes) {
+      store(sums[r][0], p.accumulate, c);
+      store(sums[r][1], p.accumulate, c + kLanes);
+    } else {
+      T sum[2 * kLanes];
+      std::memcpy(sum, sums[r], sizeof(sum));
+      for (int64_t j = 0; j < cols; ++j) c[j] = p.accumulate ? c[j] + sum[j] : sum[j];
+    }
   }
+}
+
+// The rows that are left: halves of a block, then of that, so that few rows are alone with their loads of B.
+template <int kBytes, int kRows, class T>
+M2D_INLINE void rows_from(const Gemm<T>& p, int64_t row, int64_t col, int64_t cols) {
+  for (; row + kRows <= p.rows; row += kRows) block<kBytes, kRows>(p, row, col, cols);
+  if constexpr (kRows > 1) rows_from<kBytes, kRows / 2>(p, row, col, cols);
 }
 
 template <int kBytes, int kRows, class T>
 M2D_INLINE void blocks(const Gemm<T>& p) {
   constexpr int64_t kCols = 2 * kBytes / sizeof(T);
   static_assert(kCols <= kGemmSlack);
-  for (int64_t col = 0; col < p.cols; col += kCols) {
-    const int64_t cols = std::min(kCols, p.cols - col);
-    int64_t row = 0;
-    for (; row + kRows <= p.rows; row += kRows) block<kBytes, kRows>(p, row, col, cols);
-    for (; row < p.rows; ++row) block<kBytes, 1>(p, row, col, cols);
-  }
+  for (int64_t col = 0; col < p.cols; col += kCols)
+    rows_from<kBytes, kRows>(p, 0, col, std::min(kCols, p.cols - col));
 }
 
 #if defined(M2D_HAS_X86_LEVELS)

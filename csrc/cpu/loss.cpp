@@ -223,11 +223,9 @@ class Cells {
     }
     const int64_t end = last == p_.num_candidates ? column_stride_ : last;
     const int64_t width = p_.dims[e_.used_dims(s.layer) - 1];
-    for (int64_t d = 0; d < width; ++d) {
-      Product* column = columns(w, d) + first;
-      for (int64_t j = 0; j < last - first; ++j) column[j] = delta[j * delta_stride_ + d];
-      std::fill(column + (last - first), column + (end - first), Product(0));
-    }
+    transpose(delta, delta_stride_, last - first, width, column_stride_, columns(w, 0) + first);
+    for (int64_t d = 0; last < end && d < width; ++d)
+      std::fill(columns(w, d) + last, columns(w, d) + end, Product(0));
   }
 
   // Row i: writes delta, and <c, u> of prefix k at along[k * stride]; returns gamma.
@@ -303,7 +301,7 @@ class Cells {
                         p_.scale * ia, m, s);
     const bool is_hard = p_.hardness != 0 || p_.own_hardness != 0;
     if (is_hard) max = harden(s, target, hardened);
-    exponentials(is_hard ? hardened : s, max, m, e);
+    exponentials<T>(is_hard ? hardened : s, max, m, e);
     const double at_target = e[target];
     e[target] = 0;
     const double others = sum(e, m);

@@ -246,8 +246,7 @@ void pool_rows(const PoolParams& p, int64_t first, int64_t last) {
 
 template <class Scalar, class Acc>
 void pool(const PoolParams& p) {
-  at::parallel_for(0, p.num_layers * p.num_texts, 1,
-                   [&p](int64_t first, int64_t last) { pool_rows<Scalar, Acc>(p, first, last); });
+  for_text_ranges(p, [&p](int64_t first, int64_t last) { pool_rows<Scalar, Acc>(p, first, last); });
 }
 
 template <class Scalar, class Acc>

@@ -54,6 +54,31 @@ M2D_MULTIVERSION void center_row(const T* __restrict x, double inverse,
     out[i] = static_cast<Out>(inverse * static_cast<double>(x[i]) - gamma * center[i]);
 }
 
+// out (width, rows) = rows (rows, width)^T. A few columns at a time, which stay in the first-level cache until all rows
+// are in them, and four rows at a time, so that whole vectors are stored.
+template <class T>
+M2D_MULTIVERSION void transpose(const T* __restrict x, int64_t stride, int64_t rows, int64_t width,
+                                int64_t out_stride, T* __restrict out) {
+  constexpr int64_t kColumns = 64;
+  for (int64_t first = 0; first < width; first += kColumns) {
+    const int64_t last = first + kColumns < width ? first + kColumns : width;
+    int64_t i = 0;
+    for (; i + 4 <= rows; i += 4) {
+      const T* row = x + i * stride;
+      for (int64_t d = first; d < last; ++d) {
+        T* four = out + d * out_stride + i;
+        four[0] = row[d];
+        four[1] = row[d + stride];
+        four[2] = row[d + 2 * stride];
+        four[3] = row[d + 3 * stride];
+      }
+    }
+    for (; i < rows; ++i) {
+      for (int64_t d = first; d < last; ++d) out[d * out_stride + i] = x[i * stride + d];
+    }
+  }
+}
+
 // S_j = factor ib_j (products_j + gamma along_j + gamma_j along); returns max S.
 template <class T>
 M2D_MULTIVERSION double logits(const T* __restrict products, double gamma, double along,
@@ -83,9 +108,10 @@ M2D_MULTIVERSION inline double max_of_scaled(const double* __restrict s, double 
 }
 
 // e = exp(s - max)
-M2D_MULTIVERSION inline void exponentials(const double* __restrict s, double max, int64_t n,
-                                          double* __restrict e) {
-  for (int64_t j = 0; j < n; ++j) e[j] = exp_nonpositive(s[j] - max);
+template <class T>
+M2D_MULTIVERSION void exponentials(const double* __restrict s, double max, int64_t n,
+                                   double* __restrict e) {
+  for (int64_t j = 0; j < n; ++j) e[j] = exp_nonpositive<T>(s[j] - max);
 }
 
 M2D_MULTIVERSION inline double sum(const double* __restrict x, int64_t n) {
@@ -123,18 +149,6 @@ M2D_MULTIVERSION GradientSums gradient_row(const double* __restrict e, const dou
   return {weighted, cosines};
 }
 
-// grad = factor * (products + along_center * center - along_row * x)
-template <class Product, class T>
-M2D_MULTIVERSION void combine(const Product* __restrict products, double along_center,
-                              const double* __restrict center, double along_row,
-                              const T* __restrict x, double factor, int64_t n,
-                              double* __restrict grad) {
-  for (int64_t i = 0; i < n; ++i) {
-    grad[i] = factor * (static_cast<double>(products[i]) + along_center * center[i] -
-                        along_row * static_cast<double>(x[i]));
-  }
-}
-
 template <class T>
 M2D_MULTIVERSION double max_scaled(const T* __restrict x, double factor, int64_t n) {
   double max = -std::numeric_limits<double>::infinity();
@@ -153,33 +167,94 @@ M2D_MULTIVERSION double softmax_numerators(const T* __restrict x, double factor,
   double total = 0;
 #pragma omp simd reduction(+ : total)
   for (int64_t i = 0; i < n; ++i) {
-    p[i] = exp_nonpositive(factor * static_cast<double>(x[i]) - max);
+    p[i] = exp_nonpositive<T>(factor * static_cast<double>(x[i]) - max);
     total += p[i];
   }
   return total;
 }
 
-// sum_i q_i (teacher_factor teacher_i - student_factor student_i)
+struct SoftmaxSums {
+  double total;     // sum p
+  double expected;  // sum q factor x
+};
+
+// The same, beside a distribution q.
 template <class T>
-M2D_MULTIVERSION double expected_gap(const T* __restrict q, const T* __restrict teacher,
-                                     double teacher_factor, const T* __restrict student,
-                                     double student_factor, int64_t n) {
+M2D_MULTIVERSION SoftmaxSums softmax_numerators(const T* __restrict x, double factor, double max,
+                                                const T* __restrict q, int64_t n,
+                                                double* __restrict p) {
   double total = 0;
-#pragma omp simd reduction(+ : total)
+  double expected = 0;
+#pragma omp simd reduction(+ : total, expected)
   for (int64_t i = 0; i < n; ++i) {
-    total += static_cast<double>(q[i]) * (teacher_factor * static_cast<double>(teacher[i]) -
-                                          student_factor * static_cast<double>(student[i]));
+    const double z = factor * static_cast<double>(x[i]);
+    p[i] = exp_nonpositive<T>(z - max);
+    total += p[i];
+    expected += static_cast<double>(q[i]) * z;
   }
-  return total;
+  return {total, expected};
 }
 
-// grad += coefficient * (inverse_sum * p - q)
+// sum q factor x
 template <class T>
-M2D_MULTIVERSION void add_kl_gradient(const double* __restrict p, double inverse_sum,
-                                      const T* __restrict q, double coefficient, int64_t n,
-                                      double* __restrict grad) {
+M2D_MULTIVERSION double expectation(const T* __restrict q, const T* __restrict x, double factor,
+                                    int64_t n) {
+  double expected = 0;
+#pragma omp simd reduction(+ : expected)
   for (int64_t i = 0; i < n; ++i)
-    grad[i] += coefficient * (p[i] * inverse_sum - static_cast<double>(q[i]));
+    expected += static_cast<double>(q[i]) * (factor * static_cast<double>(x[i]));
+  return expected;
+}
+
+// factor * (products + along_center * center - along_row * x), of one element
+template <class Product, class T>
+M2D_INLINE double combined(Product product, double along_center, double center, double along_row,
+                           T x, double factor) {
+  return factor * (static_cast<double>(product) + along_center * center -
+                   along_row * static_cast<double>(x));
+}
+
+// coefficient * (inverse_sum * p - q), of one element
+template <class T>
+M2D_INLINE double kl_gradient(double p, double inverse_sum, T q, double coefficient) {
+  return coefficient * (p * inverse_sum - static_cast<double>(q));
+}
+
+// What the cells leave for a chunk. `out` may be where the products are.
+template <class Product, class T, class Out>
+M2D_MULTIVERSION void combine(const Product* products, double along_center,
+                              const double* __restrict center, double along_row,
+                              const T* __restrict x, double factor, int64_t n, Out* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] =
+        static_cast<Out>(combined(products[i], along_center, center[i], along_row, x[i], factor));
+  }
+}
+
+// The same and the gradient of the KL.
+template <class Product, class T, class Out>
+M2D_MULTIVERSION void combine_with_kl(const Product* products, double along_center,
+                                      const double* __restrict center, double along_row,
+                                      const T* __restrict x, double factor,
+                                      const double* __restrict p, double inverse_sum,
+                                      const T* __restrict q, double coefficient, int64_t n,
+                                      Out* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] =
+        static_cast<Out>(combined(products[i], along_center, center[i], along_row, x[i], factor) +
+                         kl_gradient(p[i], inverse_sum, q[i], coefficient));
+  }
+}
+
+// The latter alone.
+template <class T, class Out>
+M2D_MULTIVERSION void kl_gradients(const double* __restrict p, double inverse_sum,
+                                   const T* __restrict q, double coefficient, int64_t n,
+                                   Out* __restrict out) {
+  for (int64_t i = 0; i < n; ++i)
+    out[i] = static_cast<Out>(kl_gradient(p[i], inverse_sum, q[i], coefficient));
 }
 
 // out = factor * (grad - along * x)
