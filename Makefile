@@ -75,9 +75,10 @@ bench: $(INSTALLED)
 	mkdir -p build
 	HF_HUB_OFFLINE=1 $(BIN)/pytest benchmarks --benchmark-json=build/bench.json $(BENCH_ARGS)
 
-# docs/benchmarks.md and its plots, from the last whole `make bench`.
+# docs/benchmarks.md and its plots, from the last whole `make bench`, and from more files that BENCH_JSON names.
+BENCH_JSON ?= build/bench.json
 bench-page:
-	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/report.py build/bench.json
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/report.py $(BENCH_JSON)
 
 # Ratios within one run, against generous bounds: has the loss become much slower beside what it is compared with?
 bench-check: $(INSTALLED)

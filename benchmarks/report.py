@@ -2,7 +2,8 @@
 
     make bench && make bench-page
 
-The numbers go to benchmarks/results/cpu.json, and the page can be made of them again.
+Of several files, such as those of `--more-shapes` measured shape by shape, a problem's last measurement counts. The
+numbers go to benchmarks/results/cpu.json, and the page can be made of them again.
 """
 
 from __future__ import annotations
@@ -47,15 +48,23 @@ computes it; see the table of whole steps.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("json", type=Path, help="what pytest --benchmark-json wrote, or the results that are kept")
+    parser.add_argument(
+        "json", type=Path, nargs="+", help="what pytest --benchmark-json wrote, or the results that are kept"
+    )
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/cpu.json"))
     parser.add_argument("--page", type=Path, default=Path("docs/benchmarks.md"))
     args = parser.parse_args()
-    found = json.loads(args.json.read_text(encoding="utf-8"))
-    data = found.get("m2d_ext", found)
+    results, *others = map(read, args.json)
+    for each in others:
+        results.add(each)
     args.results.parent.mkdir(parents=True, exist_ok=True)
-    args.results.write_text(json.dumps(data) + "\n", encoding="utf-8")
-    write(Results.from_json(data), args.page)
+    args.results.write_text(json.dumps(results.to_json()) + "\n", encoding="utf-8")
+    write(results, args.page)
+
+
+def read(path: Path) -> Results:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return Results.from_json(found.get("m2d_ext", found))
 
 
 def write(results: Results, page: Path) -> None:

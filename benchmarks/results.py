@@ -67,6 +67,14 @@ class Results:
     growth: dict[str, Speed] = field(default_factory=dict)  # by axis; providers.growth_name of each
     machine: dict[str, Any] = field(default_factory=machine)
 
+    def add(self, other: Results) -> None:
+        """What another session measured on the same machine, with as many rounds."""
+        for name in ("rounds", "machine"):
+            if getattr(self, name) != getattr(other, name):
+                raise ValueError(f"results of different {name}: {getattr(self, name)} and {getattr(other, name)}")
+        for name in ("speed", "peak_bytes", "deferred", "steps", "base_losses", "growth"):
+            getattr(self, name).update(getattr(other, name))
+
     def to_json(self) -> dict[str, Any]:
         """Lists of (key, value) in place of dicts whose keys are no strings."""
         return {

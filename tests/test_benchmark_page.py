@@ -18,7 +18,7 @@ from base_loss_providers import BASE_LOSSES, LIBRARIES, candidates  # noqa: E402
 from deferred_providers import DEFERRED_PROVIDERS  # noqa: E402
 from providers import GROWTH_PROVIDERS, OURS, PROVIDERS, SENTENCE_TRANSFORMERS, growth_name  # noqa: E402
 from results import Results, Speed  # noqa: E402
-from shapes import GROWTH, SMALL  # noqa: E402
+from shapes import GROWTH, MORE_SHAPES, SMALL  # noqa: E402
 from step_providers import STEP_PROVIDERS, TEXTS  # noqa: E402
 from tables import tables  # noqa: E402
 
@@ -60,6 +60,18 @@ def test_json_gives_the_same_results(results: Results) -> None:
 
 def test_every_field_is_in_the_json(results: Results) -> None:
     assert set(results.to_json()) == {field.name for field in dataclasses.fields(Results)}
+
+
+def test_sessions_are_joined(results: Results) -> None:
+    other = dataclasses.replace(
+        results, speed={(MORE_SHAPES[0], "half", "resident"): next(iter(results.speed.values()))}
+    )
+    whole = Results.from_json(results.to_json())
+    whole.add(other)
+    assert whole.speed == results.speed | other.speed
+    assert dataclasses.replace(whole, speed=results.speed) == results
+    with pytest.raises(ValueError, match="results of different rounds"):
+        whole.add(dataclasses.replace(other, rounds=results.rounds + 1))
 
 
 def test_page_has_every_table_and_the_growth(results: Results, tmp_path: Path) -> None:
