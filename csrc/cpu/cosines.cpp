@@ -143,7 +143,7 @@ class Adjoint {
  private:
   void block(int64_t l, int64_t first, int64_t last) const {
     const int64_t width = rows_.width();
-    const Buffer<double> others(kTile * width + kGemmSlack);
+    const Buffer<double> others(kTile * width + kGemmPanel);
     const Buffer<double> x(kTile * kTile);
     const Buffer<double> products((last - first) * width);
     const Buffer<double> along(p_.num_dims * kTile);
@@ -208,10 +208,10 @@ void block_cosines(const CosineParams<T>& p, double* cosines) {
   const int64_t width = a.width();
   for_row_blocks(p.num_layers, a.count(), [&](int64_t l, int64_t first, int64_t last) {
     const Buffer<double> rows((last - first) * width);
-    const Buffer<double> columns(width * kTile + kGemmSlack);
+    const Buffer<double> columns(width * kTile + kGemmPanel);
     const Buffer<double> u(kTile * kTile);
     a.copy(l, first, last, width, rows.get());
-    std::fill_n(columns.get(), width * kTile + kGemmSlack, 0.0);
+    std::fill_n(columns.get(), width * kTile + kGemmPanel, 0.0);
     for (int64_t o = 0; o < b.count(); o += kTile) {
       const int64_t end = std::min(b.count(), o + kTile);
       b.copy_columns(l, o, end, kTile, columns.get());

@@ -32,7 +32,7 @@ M2D_INLINE void block(const Gemm<T>& p, int64_t row, int64_t col, int64_t cols) 
   using Vector = typename VectorOf<T, kBytes>::type;
   constexpr int64_t kLanes = kBytes / sizeof(T);
   const T* a = p.a + row * p.a_row_stride;
-  const T* b = p.b + col;
+  const T* b = p.b + col / kGemmPanel * p.b_panel_stride + col % kGemmPanel;
   Vector sums[kRows][2] = {};
   for (int64_t k = 0; k < p.depth; ++k) {
     Vector b0, b1;
@@ -66,12 +66,23 @@ M2D_INLINE void rows_from(const Gemm<T>& p, int64_t row, int64_t col, int64_t co
   if constexpr (kRows > 1) rows_from<kBytes, kRows / 2>(p, row, col, cols);
 }
 
+// So much of the depth at a time that what a block of columns reads of B stays in the first-level cache until all rows
+// have met it.
+constexpr int64_t kDepth = 64;
+
 template <int kBytes, int kRows, class T>
-M2D_INLINE void blocks(const Gemm<T>& p) {
+M2D_INLINE void blocks(const Gemm<T>& whole) {
   constexpr int64_t kCols = 2 * kBytes / sizeof(T);
-  static_assert(kCols <= kGemmSlack);
-  for (int64_t col = 0; col < p.cols; col += kCols)
-    rows_from<kBytes, kRows>(p, 0, col, std::min(kCols, p.cols - col));
+  static_assert(kGemmPanel % kCols == 0);
+  Gemm<T> p = whole;
+  for (int64_t done = 0; done < whole.depth; done += kDepth) {
+    p.depth = std::min(kDepth, whole.depth - done);
+    for (int64_t col = 0; col < p.cols; col += kCols)
+      rows_from<kBytes, kRows>(p, 0, col, std::min(kCols, p.cols - col));
+    p.a += kDepth * p.a_depth_stride;
+    p.b += kDepth * p.b_stride;
+    p.accumulate = true;
+  }
 }
 
 #if defined(M2D_HAS_X86_LEVELS)
@@ -109,7 +120,10 @@ void gemm_baseline(const Gemm<T>& p) {
     if (!p.accumulate) std::fill_n(c, p.cols, T(0));
     for (int64_t k = 0; k < p.depth; ++k) {
       const T factor = p.a[i * p.a_row_stride + k * p.a_depth_stride];
-      for (int64_t j = 0; j < p.cols; ++j) c[j] += factor * p.b[k * p.b_stride + j];
+      for (int64_t j = 0; j < p.cols; ++j) {
+        const int64_t panel = j / kGemmPanel * p.b_panel_stride;
+        c[j] += factor * p.b[panel + k * p.b_stride + j % kGemmPanel];
+      }
     }
   }
 }

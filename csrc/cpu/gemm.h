@@ -6,8 +6,8 @@
 
 namespace m2d::cpu {
 
-// Rows that `gemm` reads whole vectors of must be followed by this many readable elements.
-constexpr int64_t kGemmSlack = 32;
+// Columns of a panel of B. Of the last one `gemm` may read all, also where B has fewer.
+constexpr int64_t kGemmPanel = 32;
 
 // C (rows, cols) = A B, or += A B.
 template <class T>
@@ -15,11 +15,13 @@ struct Gemm {
   int64_t rows, cols, depth;
   const T* a;  // element (i, k) at a[i * a_row_stride + k * a_depth_stride]
   int64_t a_row_stride, a_depth_stride;
-  const T* b;  // element (k, j) at b[k * b_stride + j]; see kGemmSlack
+  const T*
+      b;  // element (k, j) at b[j / kGemmPanel * b_panel_stride + k * b_stride + j % kGemmPanel]
   int64_t b_stride;
   T* c;  // element (i, j) at c[i * c_stride + j]
   int64_t c_stride;
   bool accumulate;
+  int64_t b_panel_stride = kGemmPanel;  // that of whole rows one after the other
 };
 
 template <class T>

@@ -66,15 +66,15 @@ class Cells {
         num_slots_(choose_slots()),
         part_anchors_(choose_part()),
         part_tiles_(ceil_div(part_anchors_, tile_)),
-        anchor_delta_(num_slots_ * part_anchors_ * delta_stride_ + kGemmSlack),
+        anchor_delta_(num_slots_ * part_anchors_ * delta_stride_ + kGemmPanel),
         anchor_along_(num_slots_ * p_.num_dims * part_anchors_),
         anchor_gamma_(num_slots_ * part_anchors_),
-        candidate_delta_(grad_only(num_slots_ * p_.num_candidates * delta_stride_ + kGemmSlack)),
+        candidate_delta_(grad_only(num_slots_ * p_.num_candidates * delta_stride_ + kGemmPanel)),
         candidate_products_(
             kProductsApart ? grad_only(num_slots_ * p_.num_candidates * delta_stride_) : 0),
         candidate_along_(num_slots_ * p_.num_dims * p_.num_candidates),
         candidate_gamma_(num_slots_ * p_.num_candidates),
-        columns_(num_slots_ * p_.dim * column_stride_ + kGemmSlack),
+        panels_(num_slots_ * num_panels() * panel_size()),
         x_(grad_only(num_slots_ * p_.num_dims * part_anchors_ * column_stride_)),
         tile_sums_(grad_only(num_slots_ * part_tiles_ * 2 * sums_size())),
         sums_(grad_only(num_slots_ * 2 * sums_size())),
@@ -126,8 +126,8 @@ class Cells {
   static constexpr int64_t kTasksPerThread = 4;    // slots are added until there are as many
   static constexpr int64_t kMinTile = 32;          // rows of one task
   static constexpr int64_t kMaxTile = 128;
-  static constexpr int64_t kTilesPerBatch = 8;  // tiles grow from B = 256 on
-  static constexpr int64_t kRowGrain = 32;
+  static constexpr int64_t kTilesPerBatch = 8;      // tiles grow from B = 256 on
+  static constexpr int64_t kRowGrain = kGemmPanel;  // a task of candidates fills a panel
 
   int64_t num_anchor_row_tasks(const Part& part) const {
     return Range::count(part.num_anchors, kRowGrain);
@@ -161,7 +161,7 @@ class Cells {
 
   int64_t choose_slots() const {
     const int64_t delta_rows = p_.num_anchors + p_.num_candidates;
-    const int64_t delta = delta_rows * delta_stride_ + p_.dim * column_stride_;
+    const int64_t delta = delta_rows * delta_stride_ + num_panels() * panel_size();
     const int64_t bytes = x_bytes(p_.num_anchors) + delta * static_cast<int64_t>(sizeof(Product));
     const int64_t tiles = ceil_div(p_.num_anchors, tile_);
     const int64_t wanted = ceil_div(kTasksPerThread * at::get_num_threads(), tiles);
@@ -179,8 +179,10 @@ class Cells {
   Product* candidate_delta(int64_t w, int64_t j) const {
     return candidate_delta_.get() + (w * p_.num_candidates + j) * delta_stride_;
   }
-  Product* columns(int64_t w, int64_t d) const {
-    return columns_.get() + (w * p_.dim + d) * column_stride_;
+  int64_t num_panels() const { return Range::count(p_.num_candidates, kGemmPanel); }
+  int64_t panel_size() const { return p_.dim * kGemmPanel; }
+  Product* panel(int64_t w, int64_t index) const {
+    return panels_.get() + (w * num_panels() + index) * panel_size();
   }
   double* anchor_along(int64_t w, int64_t k) const {
     return anchor_along_.get() + (w * p_.num_dims + k) * part_anchors_;
@@ -221,11 +223,10 @@ class Cells {
       candidate_gamma(w)[j] = center(s, j, delta + (j - first) * delta_stride_,
                                      candidate_along(w, 0) + j, p_.num_candidates);
     }
-    const int64_t end = last == p_.num_candidates ? column_stride_ : last;
+    Product* columns = panel(w, first / kGemmPanel);
     const int64_t width = p_.dims[e_.used_dims(s.layer) - 1];
-    transpose(delta, delta_stride_, last - first, width, column_stride_, columns(w, 0) + first);
-    for (int64_t d = 0; last < end && d < width; ++d)
-      std::fill(columns(w, d) + last, columns(w, d) + end, Product(0));
+    if (last - first < kGemmPanel) std::fill_n(columns, width * kGemmPanel, Product(0));
+    transpose(delta, delta_stride_, last - first, width, kGemmPanel, columns);
   }
 
   // Row i: writes delta, and <c, u> of prefix k at along[k * stride]; returns gamma.
@@ -260,8 +261,8 @@ class Cells {
     for (int64_t k = 0; k < e_.used_dims(l); ++k) {
       gemm<Product>({rows, p_.num_candidates, e_.chunk_size(k),
                      anchor_delta(w, first) + e_.chunk_begin(k), delta_stride_, 1,
-                     columns(w, e_.chunk_begin(k)), column_stride_, u.get(), column_stride_,
-                     k > 0});
+                     panel(w, 0) + e_.chunk_begin(k) * kGemmPanel, kGemmPanel, u.get(),
+                     column_stride_, k > 0, panel_size()});
       if (e_.weight(l, k) != 0) {
         for (int64_t i = 0; i < rows; ++i) {
           anchor_cell(part, k, first + i, u.get() + i * column_stride_,
@@ -400,7 +401,7 @@ class Cells {
   const Buffer<Product> candidate_products_;  // (W, M, delta_stride), kProductsApart only
   const Buffer<double> candidate_along_;      // <c, u_k> (W, K, M)
   const Buffer<double> candidate_gamma_;      // (W, M)
-  const Buffer<Product> columns_;             // delta^T (W, D, column_stride)
+  const Buffer<Product> panels_;              // delta^T (W, panels, D, kGemmPanel)
   const Buffer<Product> x_;                   // suffix sums of X (W, K, A, column_stride)
   const Buffer<double> tile_sums_;            // (W, tiles, 2, K, M)
   const Buffer<double> sums_;                 // (W, 2, K, M)
