@@ -155,6 +155,21 @@ def test_kl_alone(backend: str, normalize: bool) -> None:
 
 
 @backends
+@pytest.mark.parametrize("size", [1e-9, 1.0, 80.0, 1e9])
+def test_kl_of_rows_of_any_size(backend: str, size: float) -> None:
+    """So small that all features are alike, up to where a softmax is all on one of them."""
+    rows = torch.randn(3, 6, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * size
+    rows.requires_grad_()
+    options: dict[str, Any] = {"num_columns": 2, "dims": [20], "weights": [[0.0]] * 3, "kl_weights": [1.0, 0.5, 0.0]}
+    loss = matryoshka_2d_loss_pooled(rows, backend=backend, **options)
+    truth = oracle.loss_of_pooled(rows, **options)
+    assert isinstance(loss, Tensor)
+    torch.testing.assert_close(loss, truth, rtol=1e-12, atol=1e-15)
+    found, expected = (torch.autograd.grad(value, rows)[0] for value in (loss, truth))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-15)
+
+
+@backends
 def test_final_layer_of_weight_zero_still_teaches(backend: str) -> None:
     case = make_case(0, 3, (3, 5), 6, 32, [8, 32])
     case.options["weights"][-1] = [0.0, 0.0]
