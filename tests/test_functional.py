@@ -463,6 +463,10 @@ HARD_SHAPES = [
 ]
 
 
+# Logits so far above those of the candidates that are not hard that no exponential spans both.
+HARDEST_SHAPE = (2, 6, 3, 9, 16, [8], 0.0, 2000.0)
+
+
 class HardCase(NamedTuple):
     leaves: list[Tensor]  # pooled rows, and gathered candidates where there are any; float64
     offset: int
@@ -491,7 +495,7 @@ def hard_case(shape: tuple[Any, ...], gathered: bool) -> HardCase:
 @backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("gathered", [False, True])
-@pytest.mark.parametrize("shape", HARD_SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [*HARD_SHAPES, HARDEST_SHAPE], ids=str)
 def test_hard_candidates(backend: str, shape: tuple[Any, ...], gathered: bool, dtype: torch.dtype) -> None:
     case = hard_case(shape, gathered)
     truth = oracle.loss_of_pooled(*case.leaves, target_offset=case.offset, **case.options)

@@ -323,12 +323,12 @@ class Cells {
 
   // Z of an anchor from its S; returns max Z.
   double harden(const double* s, int64_t target, double* z) const {
-    double max = max_of_scaled(s, 1.0 + p_.hardness / p_.scale, p_.num_candidates, z);
+    scale(s, 1.0 + p_.hardness / p_.scale, p_.num_candidates, z);
     const double own_factor = 1.0 + p_.own_hardness / p_.scale;
     for (int64_t j = target; j < p_.num_candidates; j += p_.column_size) {
       z[j] = (j == target ? 1.0 : own_factor) * s[j];
     }
-    return max;
+    return max_scaled(z, 1.0, p_.num_candidates);
   }
 
   // X_c = sum_{k >= c} X_k, in place.

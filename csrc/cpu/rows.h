@@ -95,18 +95,6 @@ M2D_MULTIVERSION double logits(const T* __restrict products, double gamma, doubl
   return max;
 }
 
-// z = factor s; returns max z.
-M2D_MULTIVERSION inline double max_of_scaled(const double* __restrict s, double factor, int64_t n,
-                                             double* __restrict z) {
-  double max = -std::numeric_limits<double>::infinity();
-#pragma omp simd reduction(max : max)
-  for (int64_t j = 0; j < n; ++j) {
-    z[j] = factor * s[j];
-    max = z[j] > max ? z[j] : max;
-  }
-  return max;
-}
-
 // e = exp(s - max)
 template <class T>
 M2D_MULTIVERSION void exponentials(const double* __restrict s, double max, int64_t n,
