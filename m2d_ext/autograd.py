@@ -1,11 +1,13 @@
 """``torch.autograd.Function`` around the compiled operators.
 
-The loss is a scalar, so its gradient is only ever multiplied by one number: the forward already computes dP, and
+The loss is a scalar, so its gradient is only ever multiplied by one number g: the forward already computes dP, and
 the backward is the scatter ``g a[n, t] dP[l, n, :]`` alone; see :mod:`m2d_ext.deferred` for what it leaves to hooks.
+On the CPU the forward has even scattered for g = 1, which is what ``loss.backward()`` means: it writes one layer's
+gradients while it reads the next one's states. Any other g scatters again.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,11 +34,27 @@ def _place(dense: Sequence[Tensor], layers: Sequence[int], needed: Sequence[bool
     return [grad if need else None for grad, need in zip(grads, needed, strict=True)]
 
 
+class _UnitGradients(NamedTuple):
+    """Dense gradients of the loss, for a g of 1."""
+
+    layers: list[int]
+    dense: list[Tensor]
+
+    def answer(self, layers: Sequence[int], grad_output: Tensor | None) -> bool:
+        return self.layers == layers and grad_output is not None and grad_output.item() == 1.0
+
+
 def _scatter(ctx: Any, pooled_grad: Tensor, grad_output: Tensor | None, needed: Sequence[bool]) -> list[Tensor | None]:
     """Gradients of the hidden states, None for the layers of which no state needs one."""
     blocks = len(ctx.coefficients)
     layers = _needed_layers(needed, blocks)
-    dense = ops.pool_backward(pooled_grad, grad_output, layers, ctx.coefficients, ctx.cu_seqlens, ctx.dtype)
+    # Given away: whoever gets them may write into them, and another backward makes its own.
+    ready, ctx.unit_gradients = ctx.unit_gradients, None
+    if ready is not None and ready.answer(layers, grad_output):
+        dense = ready.dense
+    else:
+        del ready  # its memory is what the new ones are written into
+        dense = ops.pool_backward(pooled_grad, grad_output, layers, ctx.coefficients, ctx.cu_seqlens, ctx.dtype)
     if ctx.cu_seqlens is not None:
         dense = [grad.view(ctx.shape) for grad in dense]
     return _place(dense, layers, needed, blocks)
@@ -49,6 +67,12 @@ def _flat(states: Sequence[Tensor], cu_seqlens: Tensor | None) -> list[Tensor]:
     return list(states) if cu_seqlens is None else [state.view(-1, state.shape[-1]) for state in states]
 
 
+def _without(deferred: DeferredGradients | None, needed: Sequence[bool]) -> Sequence[bool]:
+    if deferred is None:
+        return needed
+    return [need and place not in deferred.places for place, need in enumerate(needed)]
+
+
 def _scatter_now(
     ctx: Any, pooled_grad: Tensor, grad_output: Tensor | None, needed: Sequence[bool]
 ) -> list[Tensor | None]:
@@ -57,7 +81,7 @@ def _scatter_now(
     Of a traced function nothing is deferred: its context has no node to ask for edges.
     """
     if ctx.deferred is not None and ctx.deferred.start(ctx.next_functions[-len(needed) :], pooled_grad, grad_output):
-        needed = [need and place not in ctx.deferred.places for place, need in enumerate(needed)]
+        needed = _without(ctx.deferred, needed)
     return _scatter(ctx, pooled_grad, grad_output, needed)
 
 
@@ -71,7 +95,15 @@ class _Loss(torch.autograd.Function):
         deferred: DeferredGradients | None,
         *states: Tensor,
     ) -> Any:
-        loss, cells, kl, pooled_grad = ops.loss(_flat(states, cu_seqlens), coefficients, cu_seqlens, grid, True)
+        inputs = _flat(states, cu_seqlens), coefficients, cu_seqlens, grid
+        if states[0].is_cpu and not torch.compiler.is_compiling():
+            needed = _without(deferred, ctx.needs_input_grad[4:])
+            layers = _needed_layers(needed, len(coefficients))
+            loss, cells, kl, pooled_grad, dense = ops.loss_and_gradients(*inputs, layers)
+            ctx.unit_gradients = _UnitGradients(layers, dense)
+        else:
+            loss, cells, kl, pooled_grad = ops.loss(*inputs, True)
+            ctx.unit_gradients = None
         ctx.save_for_backward(pooled_grad)
         ctx.coefficients, ctx.cu_seqlens = coefficients, cu_seqlens
         ctx.dtype, ctx.shape = states[0].dtype, states[0].shape
@@ -114,6 +146,7 @@ class _Pool(torch.autograd.Function):
         ctx.coefficients, ctx.cu_seqlens = coefficients, cu_seqlens
         ctx.dtype, ctx.shape = states[0].dtype, states[0].shape
         ctx.deferred = deferred
+        ctx.unit_gradients = None
         return ops.pool(_flat(states, cu_seqlens), coefficients, cu_seqlens)
 
     @staticmethod

@@ -173,6 +173,19 @@ def loss(
     )
 
 
+def loss_and_gradients(
+    hidden_states: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
+    cu_seqlens: Tensor | None,
+    grid: Grid,
+    layers: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    """:func:`loss` with dP, and what :func:`pool_backward` makes of it for ``layers`` and a ``grad_output`` of 1. CPU
+    only: there one layer's gradients are written while the next one's states are read.
+    """
+    return torch.ops.m2d_ext.loss_and_gradients(hidden_states, coefficients, cu_seqlens, *grid, layers)
+
+
 def pooled_loss(
     pooled: Tensor,
     candidates: Tensor | None,
@@ -281,6 +294,26 @@ def _fake_loss(
     return (*_empty_loss(pooled, len(pooled), len(dims)), grad)
 
 
+def _fake_loss_and_gradients(
+    hidden_states: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
+    cu_seqlens: Tensor | None,
+    weights: Tensor,
+    kl_weights: Tensor,
+    dims: Sequence[int],
+    num_columns: int,
+    scale: float,
+    kl_temperature: float,
+    normalize: bool,
+    hardness: float,
+    own_hardness: float,
+    layers: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    pooled = _fake_pool(hidden_states, coefficients, cu_seqlens)
+    grads = _fake_pool_backward(pooled, None, layers, coefficients, cu_seqlens, hidden_states[0].dtype)
+    return (*_empty_loss(pooled, len(pooled), len(dims)), torch.empty_like(pooled), grads)
+
+
 def _fake_pooled_loss(
     pooled: Tensor,
     candidates: Tensor | None,
@@ -327,6 +360,7 @@ if _extension.available():
     torch.library.register_fake("m2d_ext::pool_max", _fake_pool_max)
     torch.library.register_fake("m2d_ext::pool_max_backward", _fake_pool_backward)
     torch.library.register_fake("m2d_ext::loss", _fake_loss)
+    torch.library.register_fake("m2d_ext::loss_and_gradients", _fake_loss_and_gradients)
     torch.library.register_fake("m2d_ext::pooled_loss", _fake_pooled_loss)
     torch.library.register_fake("m2d_ext::nested_cosines", _fake_nested_cosines)
     torch.library.register_fake("m2d_ext::nested_cosines_backward", _fake_nested_cosines_backward)

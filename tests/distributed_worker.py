@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 
 import m2d_ext
 from m2d_ext.losses.embed import TAKES_LISTS_OF_STATES
+from parity import recorded_dense_gradients
 from tiny_models import CONFIGS, HIDDEN, features_of, sentence, tiny_model
 
 DIMS = [HIDDEN, 8, 4]
@@ -315,11 +316,11 @@ def _train(task: Task, texts: Callable[[Task, int], list[list[str]]], seed: int,
     losses: list[float] = []
     dense: list[int] = []
     recorder = Recorder()
-    with _counted_dense(dense):
+    with recorded_dense_gradients() as handed:
         for i in range(task.steps):
             optimizer.zero_grad()
             buckets.append([])
-            dense.append(0)
+            handed.clear()
             for j in range(task.batches):
                 columns = texts(task, task.batches * i + j)
                 weight = len(columns[0]) * (processes or 1) / sum(task.sizes) / task.batches
@@ -332,6 +333,7 @@ def _train(task: Task, texts: Callable[[Task, int], list[list[str]]], seed: int,
                     loss = loss_module(features, None)
                     (loss * weight).backward()
                 losses.append(loss.item())
+            dense.append(sum(handed))
             if processes is not None and wrapper is None:
                 _average(model)
             optimizer.step()
@@ -352,23 +354,6 @@ def _counted_average(buckets, bucket):  # type: ignore[no-untyped-def]  # string
     buckets[-1].append(bucket.buffer().numel())
     rows = bucket.buffer().div_(dist.get_world_size())
     return dist.all_reduce(rows, async_op=True).get_future().then(lambda future: future.value()[0])
-
-
-@contextmanager
-def _counted_dense(counts: list[int]) -> Iterator[None]:
-    ops: Any = m2d_ext.ops
-    pool_backward = ops.pool_backward
-
-    def counting(*args: Any) -> list[Tensor]:
-        grads = pool_backward(*args)
-        counts[-1] += len(grads)
-        return grads
-
-    ops.pool_backward = counting
-    try:
-        yield
-    finally:
-        ops.pool_backward = pool_backward
 
 
 def evaluate(task: Task) -> float:

@@ -18,6 +18,8 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
+from m2d_ext import autograd
+
 LossBuilder = Callable[[SentenceTransformer], nn.Module]
 # Called once for every run, because the losses write into the feature dicts that they are given.
 FeaturesBuilder = Callable[[SentenceTransformer], list[dict[str, Any]]]
@@ -55,6 +57,24 @@ class Comparison:
     @property
     def worst_ratio(self) -> float:
         return max([self.loss_ratio, *self.gradient_ratios.values()])
+
+
+@contextmanager
+def recorded_dense_gradients() -> Iterator[list[int]]:
+    """Of each backward of a fused loss or pooling: how many hidden states it hands a dense gradient."""
+    counts: list[int] = []
+    place = autograd._place
+
+    def recording(*args: Any) -> list[Tensor | None]:
+        grads = place(*args)
+        counts.append(sum(grad is not None for grad in grads))
+        return grads
+
+    autograd._place = recording
+    try:
+        yield counts
+    finally:
+        autograd._place = place
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import peft
@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import m2d_ext
+import parity
 from m2d_ext import ops
 from m2d_ext.functional import matryoshka_2d_loss
 from tiny_models import ARCHITECTURES, HIDDEN, features_of, sentence, tiny_model
@@ -29,29 +30,35 @@ GRID: dict[str, Any] = {
 }
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+class Calls:
     """How many states got a dense gradient, and how many an addition."""
-    counted = {"dense": 0, "added": 0}
-    pool_backward, add, add_in_place = ops.pool_backward, ops.add_pooled_grad, ops.add_pooled_grad_
 
-    def counting_backward(*args: Any) -> list[Tensor]:
-        grads = pool_backward(*args)
-        counted["dense"] += len(grads)
-        return grads
+    def __init__(self, dense: list[int]) -> None:
+        self._dense = dense
+        self.added = 0
+
+    @property
+    def dense(self) -> int:
+        return sum(self._dense)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
+    add, add_in_place = ops.add_pooled_grad, ops.add_pooled_grad_
 
     def counting_add(*args: Any) -> Tensor:
-        counted["added"] += 1
+        counted.added += 1
         return add(*args)
 
     def counting_add_in_place(*args: Any) -> None:
-        counted["added"] += 1
+        counted.added += 1
         add_in_place(*args)
 
-    monkeypatch.setattr(ops, "pool_backward", counting_backward)
     monkeypatch.setattr(ops, "add_pooled_grad", counting_add)
     monkeypatch.setattr(ops, "add_pooled_grad_", counting_add_in_place)
-    return counted
+    with parity.recorded_dense_gradients() as dense:
+        counted = Calls(dense)
+        yield counted
 
 
 class Encoder(nn.Module):
@@ -112,22 +119,22 @@ def both(**options: Any) -> tuple[list[Tensor], list[Tensor]]:
 
 
 @pytest.mark.parametrize("columns", [1, 2])
-def test_equal_to_dense(columns: int, calls: dict[str, int]) -> None:
+def test_equal_to_dense(columns: int, calls: Calls) -> None:
     found, expected = both(columns=columns)
     assert_same(found, expected)
-    assert calls == {"dense": columns + LAYERS * columns, "added": (LAYERS - 1) * columns}
+    assert (calls.dense, calls.added) == (columns + LAYERS * columns, (LAYERS - 1) * columns)
 
 
-def test_final_layer_of_weight_zero(calls: dict[str, int]) -> None:
+def test_final_layer_of_weight_zero(calls: Calls) -> None:
     assert_same(*both(weights=[[1.0, 0.5]] * (LAYERS - 1) + [[0.0, 0.0]]))
-    assert calls["added"] == LAYERS - 1
+    assert calls.added == LAYERS - 1
 
 
-def test_fewer_layers(calls: dict[str, int]) -> None:
+def test_fewer_layers(calls: Calls) -> None:
     """Without a final layer among those that matter the last of them takes its place."""
     weights = [[1.0, 1.0], [0.0, 0.0], [0.5, 0.0], [0.0, 0.0]]
     assert_same(*both(weights=weights, kl_weights=None))
-    assert calls == {"dense": 1 + 2, "added": 1}
+    assert (calls.dense, calls.added) == (1 + 2, 1)
 
 
 def test_other_losses_are_added() -> None:
@@ -143,7 +150,7 @@ def test_other_losses_are_added() -> None:
     assert_same(*results)
 
 
-def test_accumulation_and_second_backward(calls: dict[str, int]) -> None:
+def test_accumulation_and_second_backward(calls: Calls) -> None:
     encoder = Encoder()
     (loss_of(encoder, False) * 2 + loss_of(encoder, False, columns=2)).backward()
     expected = gradients(encoder)
@@ -208,13 +215,13 @@ def leaves(encoder: Encoder, x: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("states", [copied, one_node, leaves])
-def test_states_off_the_path_get_dense_gradients(states: States, calls: dict[str, int]) -> None:
+def test_states_off_the_path_get_dense_gradients(states: States, calls: Calls) -> None:
     assert_same(*both(states=states))
-    assert calls == {"dense": 2 * LAYERS, "added": 0}
+    assert (calls.dense, calls.added) == (2 * LAYERS, 0)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointed_layers(use_reentrant: bool, calls: dict[str, int]) -> None:
+def test_checkpointed_layers(use_reentrant: bool, calls: Calls) -> None:
     def states(encoder: Encoder, x: Tensor) -> list[Tensor]:
         x = x.requires_grad_()
         result = []
@@ -224,7 +231,7 @@ def test_checkpointed_layers(use_reentrant: bool, calls: dict[str, int]) -> None
         return result
 
     assert_same(*both(states=states))
-    assert calls["added"] == LAYERS - 1
+    assert calls.added == LAYERS - 1
 
 
 class Cut(torch.autograd.Function):
@@ -296,16 +303,16 @@ MODELS = [case for case in MODELS if case[0] != "mpnet" or case[1] is None]  # h
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize(("architecture", "checkpointing"), MODELS)
-def test_models(architecture: str, checkpointing: bool | None, frozen: bool, calls: dict[str, int]) -> None:
+def test_models(architecture: str, checkpointing: bool | None, frozen: bool, calls: Calls) -> None:
     assert_same_model_gradients(calls, architecture, checkpointing, frozen)
-    assert calls["added"] > 0
+    assert calls.added > 0
 
 
-def assert_same_model_gradients(calls: dict[str, int], *arguments: Any, **options: Any) -> None:
+def assert_same_model_gradients(calls: Calls, *arguments: Any, **options: Any) -> None:
     found = model_gradients(arguments[0], True, *arguments[1:], **options)
-    added = calls["added"]
+    added = calls.added
     expected = model_gradients(arguments[0], False, *arguments[1:], **options)
-    assert calls["added"] == added
+    assert calls.added == added
     assert found.keys() == expected.keys()
     scale = max(grad.norm().item() for grad in expected.values())
     for name, grad in expected.items():
@@ -315,7 +322,7 @@ def assert_same_model_gradients(calls: dict[str, int], *arguments: Any, **option
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("checkpointing", [None, False])  # reentrant, no input requires grad: none without us either
 @pytest.mark.parametrize(("architecture", "target"), [("bert", "query"), ("qwen3", "q_proj"), ("modernbert", "Wqkv")])
-def test_lora(architecture: str, target: str, checkpointing: bool | None, calls: dict[str, int]) -> None:
+def test_lora(architecture: str, target: str, checkpointing: bool | None, calls: Calls) -> None:
     def add_adapter(model: SentenceTransformer) -> SentenceTransformer:
         torch.manual_seed(0)
         model.add_adapter(peft.LoraConfig(r=2, target_modules=[target], init_lora_weights=False))
@@ -323,17 +330,17 @@ def test_lora(architecture: str, target: str, checkpointing: bool | None, calls:
         return model.double()
 
     assert_same_model_gradients(calls, architecture, checkpointing, prepare=add_adapter)
-    assert calls["added"] > 0
+    assert calls.added > 0
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("architecture", ["bert", "modernbert"])
-def test_compiled_model(architecture: str, calls: dict[str, int]) -> None:
+def test_compiled_model(architecture: str, calls: Calls) -> None:
     """All states of a compiled model come out of one node: they get dense gradients."""
     assert_same_model_gradients(
         calls, architecture, prepare=lambda model: torch.compile(model, backend="aot_eager", dynamic=False)
     )
-    assert calls["added"] == 0
+    assert calls.added == 0
 
 
 def test_gradient_scaler() -> None:

@@ -36,6 +36,7 @@ class Case:
     masks: list[Tensor]  # C tensors (B, T_c)
     options: dict[str, Any]
     pooling: str = "mean"
+    upstream: float = 1.5  # the loss's own gradient
 
     def leaves(self, dtype: torch.dtype) -> list[list[Tensor]]:
         return [[state.to(dtype).clone().requires_grad_() for state in layer] for layer in self.states]
@@ -47,19 +48,18 @@ class Case:
             for layer in leaves
         ]
         loss = oracle.loss_of_pooled(torch.stack(rows), **self.options)
-        return loss.detach(), _gradients(loss, leaves)
+        return loss.detach(), self._gradients(loss, leaves)
 
     def run(self, backend: str, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
         leaves = self.leaves(dtype)
         loss = matryoshka_2d_loss(leaves, self.masks, pooling=self.pooling, backend=backend, **self.options)
         assert isinstance(loss, Tensor)
-        return loss.detach(), _gradients(loss, leaves)
+        return loss.detach(), self._gradients(loss, leaves)
 
-
-def _gradients(loss: Tensor, leaves: list[list[Tensor]]) -> list[Tensor]:
-    flat = [state for layer in leaves for state in layer]
-    grads = torch.autograd.grad(loss * 1.5, flat, allow_unused=True)
-    return [torch.zeros_like(s) if g is None else g for s, g in zip(flat, grads, strict=True)]
+    def _gradients(self, loss: Tensor, leaves: list[list[Tensor]]) -> list[Tensor]:
+        flat = [state for layer in leaves for state in layer]
+        grads = torch.autograd.grad(loss * self.upstream, flat, allow_unused=True)
+        return [torch.zeros_like(s) if g is None else g for s, g in zip(flat, grads, strict=True)]
 
 
 def assert_close(
@@ -112,7 +112,7 @@ def cases(draw: Any) -> Case:
     width = draw(st.sampled_from([4, 17, 32, 48]))
     # Fewer than 4 dimensions of nearly parallel rows leave nothing of a float32 cosine but rounding.
     dims = draw(st.lists(st.integers(4, width), min_size=1, max_size=4, unique=True).map(sorted))
-    return make_case(
+    case = make_case(
         draw(st.integers(0, 2**31)),
         draw(st.integers(1, 4)),
         draw(st.lists(st.integers(1, 6), min_size=2, max_size=4).map(tuple)),
@@ -126,6 +126,8 @@ def cases(draw: Any) -> Case:
         kl_temperature=draw(st.sampled_from([0.3, 1.0])),
         normalize=draw(st.booleans()),
     )
+    case.upstream = draw(st.sampled_from([1.0, 1.5]))
+    return case
 
 
 @backends
@@ -320,18 +322,38 @@ def test_no_gradient_is_computed_where_none_is_wanted(monkeypatch: pytest.Monkey
     from m2d_ext import ops
 
     wanted = []
-    original = ops.loss
-    monkeypatch.setattr(ops, "loss", lambda *args: (wanted.append(args[-1]), original(*args))[1])
+    for name in ("loss", "loss_and_gradients"):
+        original = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *args, of=original: (wanted.append(args[-1]), of(*args))[1])
     case = make_case(10, 2, (4, 4), 5, 16, [16])
     leaves = case.leaves(torch.float32)
     with torch.no_grad():
         quiet = matryoshka_2d_loss(leaves, case.masks, **case.options)
     detached = matryoshka_2d_loss([[s.detach() for s in layer] for layer in leaves], case.masks, **case.options)
     loud = matryoshka_2d_loss(leaves, case.masks, **case.options)
-    assert wanted == [False, False, True]
+    for state in leaves[0]:
+        state.requires_grad_(False)
+    matryoshka_2d_loss(leaves, case.masks, **case.options)
+    assert wanted == [False, False, [0, 1], [1]]
     assert not quiet.requires_grad
     assert torch.equal(quiet, loud.detach())
     assert torch.equal(detached, quiet)
+
+
+@backends
+def test_each_backward_has_gradients_of_its_own(backend: str) -> None:
+    """Of any g, in any order, and whatever becomes of those that were handed out before."""
+    case = make_case(18, 3, (5, 4), 6, 16, [8, 16])
+    leaves = case.leaves(torch.float64)
+    flat = [state for layer in leaves for state in layer]
+    unit = [grad / case.upstream for grad in case.truth()[1]]
+    loss = matryoshka_2d_loss(leaves, case.masks, backend=backend, **case.options)
+    assert isinstance(loss, Tensor)
+    for upstream in (1.0, 1.0, 2.5, 1.0, 0.0):
+        grads = torch.autograd.grad(loss, flat, torch.tensor(upstream, dtype=torch.float64), retain_graph=True)
+        for grad, expected in zip(grads, unit, strict=True):
+            torch.testing.assert_close(grad, upstream * expected)
+            grad.zero_()
 
 
 @backends
@@ -367,8 +389,10 @@ def test_more_than_2_31_elements() -> None:
 
 
 @pytest.mark.skipif(not COMPILED, reason="no extension")
-def test_same_bits_every_time_and_for_any_number_of_threads() -> None:
+@pytest.mark.parametrize("upstream", [1.0, 1.5])
+def test_same_bits_every_time_and_for_any_number_of_threads(upstream: float) -> None:
     case = make_case(12, 3, (9, 5), 40, 48, [16, 48])
+    case.upstream = upstream
     first = case.run("fused", torch.float32)
     threads = torch.get_num_threads()
     try:
@@ -384,6 +408,7 @@ def test_same_bits_every_time_and_for_any_number_of_threads() -> None:
 @pytest.mark.skipif(not COMPILED, reason="no extension")
 def test_several_python_threads_at_once() -> None:
     case = make_case(13, 3, (9, 5), 20, 32, [16, 32])
+    case.upstream = 1.0
     expected = case.run("fused", torch.float32)
     outcomes: list[tuple[Tensor, list[Tensor]]] = []
     workers = [

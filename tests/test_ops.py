@@ -43,6 +43,8 @@ def test_opcheck_of_tokens(dtype: torch.dtype, packed: bool) -> None:
     torch.library.opcheck(torch.ops.m2d_ext.pool_max, (states, coefficients, offsets))
     for needs_grad in (False, True):
         torch.library.opcheck(torch.ops.m2d_ext.loss, (states, coefficients, offsets, *_grid(3), needs_grad))
+    for layers in ([], [0, 2]):
+        torch.library.opcheck(torch.ops.m2d_ext.loss_and_gradients, (states, coefficients, offsets, *_grid(3), layers))
     rows = torch.randn(3, 4, 8, dtype=_accumulate(dtype))
     torch.library.opcheck(
         torch.ops.m2d_ext.pool_backward, (rows, torch.tensor(2.0), [0, 2], coefficients, offsets, dtype)
@@ -61,7 +63,27 @@ def test_opcheck_of_tokens(dtype: torch.dtype, packed: bool) -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_that_come_with_the_loss(dtype: torch.dtype, packed: bool) -> None:
+    """The bits of the loss alone and of its backward; small, and so large that the caches are passed by."""
+    for texts, tokens, width in ((4, 3, 8), (80, 140, 1024)):
+        table = torch.rand(texts, tokens, dtype=_accumulate(dtype))
+        table = table * (table > 0.3)
+        offsets = None
+        if packed:
+            table, offsets = table.flatten(), torch.arange(texts + 1) * tokens
+        inputs = [torch.randn(*table.shape, width).to(dtype) for _ in range(3)], [table], offsets
+        for layers in ([], [1], [0, 2], [0, 1, 2]):
+            *expected, rows = torch.ops.m2d_ext.loss(*inputs, *_grid(3), True)
+            *found, found_rows, grads = torch.ops.m2d_ext.loss_and_gradients(*inputs, *_grid(3), layers)
+            dense = torch.ops.m2d_ext.pool_backward(rows, None, layers, [table], offsets, dtype)
+            assert all(map(torch.equal, [*found, found_rows], [*expected, rows]))
+            assert len(grads) == len(dense) == len(layers)
+            assert all(map(torch.equal, grads, dense))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_add_pooled_grad(dtype: torch.dtype, packed: bool) -> None:
     """Small, and so large that it is written past the caches."""
     offsets = torch.tensor([0, 3, 3, 7, 12]) if packed else None
@@ -122,6 +144,11 @@ def test_malformed_calls_are_refused() -> None:
         torch.ops.m2d_ext.pool(states, [a.double() for a in coefficients], None)
     with pytest.raises(RuntimeError, match="cu_seqlens must end"):
         torch.ops.m2d_ext.pool([torch.randn(9, 8)], [torch.rand(9)], torch.tensor([0, 20]))
+    for layers in ([1, 0], [1, 1]):
+        with pytest.raises(RuntimeError, match="layers must ascend"):
+            torch.ops.m2d_ext.loss_and_gradients(states, coefficients, None, *_grid(3), layers)
+    with pytest.raises(RuntimeError, match="layer 3 is out of range"):
+        torch.ops.m2d_ext.loss_and_gradients(states, coefficients, None, *_grid(3), [3])
     rows = torch.randn(1, 4, 8)
     with pytest.raises(RuntimeError, match="dims must ascend"):
         torch.ops.m2d_ext.pooled_loss(rows, None, 0, *_grid(1, (4, 9)), True)

@@ -15,12 +15,11 @@ import transformers
 from packaging.version import Version
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses as st_losses
-from torch import Tensor, nn
+from torch import nn
 from transformers import DataCollatorWithFlattening
 
 import m2d_ext
 import parity
-from m2d_ext import ops
 from m2d_ext.pooling import MODES
 from tiny_models import HIDDEN, sentence, tiny_model
 
@@ -131,16 +130,7 @@ def test_one_call_and_deferred_gradients(monkeypatch: pytest.MonkeyPatch) -> Non
     """Columns of any length share a call, and the encoder's own states take the earlier layers' gradients."""
     if m2d_ext.build_info()["build"] == "none":
         pytest.skip("no extension")
-    dense: list[int] = []
     calls: list[tuple[int, ...]] = []
-    pool_backward = ops.pool_backward
-
-    def counting(*args: Any) -> list[Tensor]:
-        grads = pool_backward(*args)
-        dense.append(len(grads))
-        return grads
-
-    monkeypatch.setattr(ops, "pool_backward", counting)
     model = tiny_model("qwen3")
     features = builder()(model)
     forward = model[0].auto_model.forward
@@ -150,7 +140,8 @@ def test_one_call_and_deferred_gradients(monkeypatch: pytest.MonkeyPatch) -> Non
         return forward(**inputs)
 
     monkeypatch.setattr(model[0].auto_model, "forward", recorded)
-    loss_builder(m2d_ext, "Matryoshka2dLoss", "MultipleNegativesRankingLoss")(model)(features, None).backward()
+    with parity.recorded_dense_gradients() as dense:
+        loss_builder(m2d_ext, "Matryoshka2dLoss", "MultipleNegativesRankingLoss")(model)(features, None).backward()
     assert calls == [(1, sum(map(sum, LENGTHS)))]
     assert dense == [1]
 

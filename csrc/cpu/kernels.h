@@ -23,6 +23,11 @@ template <class Scalar, class Acc>
 void pool_backward(const PoolParams& params, const Acc* pooled_grad, const int64_t* layers,
                    Acc grad_output, bool stream);
 
+// Rows [first, last) of the same, counted through all layers, on the calling thread.
+template <class Scalar, class Acc>
+void scatter_rows(const PoolParams& params, const Acc* pooled_grad, const int64_t* layers,
+                  Acc grad_output, bool stream, int64_t first, int64_t last);
+
 // states = grads + grad_output * a[n, t] * pooled_grad[n, :] of one layer and block. `grads` lies as the states do.
 template <class Scalar, class Acc>
 void pool_backward_add(const PoolParams& params, const Acc* pooled_grad, Acc grad_output,
@@ -43,13 +48,13 @@ template <class Scalar, class Acc>
 void pool_max_backward(const PoolParams& params, const Acc* pooled_grad, const int32_t* indices,
                        const int64_t* layers);
 
-// Writes rows [first, last) of a layer's pooled rows.
-using ReadRows = std::function<void(int64_t layer, int64_t first, int64_t last)>;
+// What is done with rows [first, last) of a layer, on the calling thread.
+using OfRows = std::function<void(int64_t layer, int64_t first, int64_t last)>;
 
 // The loss, its cells and, where pooled_grad is given, its gradient. See math.h. Pooled rows that are not there yet
-// come of `read`.
+// come of `read`; `write`, where there is one, is called when their gradients are finished.
 template <class T>
-void loss(const LossParams<T>& params, const ReadRows& read);
+void loss(const LossParams<T>& params, const OfRows& read, const OfRows& write);
 
 // The cosines, and what their gradient is to the rows; see cosines.cpp.
 template <class T>

@@ -10,6 +10,7 @@
 //     anchors     U, row softmaxes, X, and the anchors' finished gradient
 //     candidates  the candidates' finished gradient
 //   outside     rows that are in no cell
+//   write       the hidden states' gradients, where they are wanted at once
 //
 // and at the end cells, KLs and the loss are reduced in a fixed order.
 //
@@ -438,15 +439,21 @@ template <class T, class Product>
 class Steps {
  public:
   Steps(const Embeddings<T>& embeddings, const RowGradient<T>& rows, const Cells<T, Product>& cells,
-        const ReadRows& read)
-      : e_(embeddings), p_(embeddings.params()), rows_(rows), cells_(cells), read_(read) {}
+        const OfRows& read, const OfRows& write)
+      : e_(embeddings),
+        p_(embeddings.params()),
+        rows_(rows),
+        cells_(cells),
+        read_(read),
+        write_(write) {}
 
   void run() const {
     Pipeline pipeline;
     for (int64_t i = 0; i < p_.num_layers; ++i)
       pipeline.layers.push_back((i + p_.num_layers - 1) % p_.num_layers);
-    pipeline.num_steps = outside_step() + 1;
+    pipeline.num_steps = write_step() + 1;
     if (read_) pipeline.num_reading_steps = kCenter;
+    pipeline.num_writing_steps = 1;
     pipeline.num_leading_steps = kParts;
     pipeline.num_slots = cells_.num_slots();
     pipeline.num_tasks = [this](int64_t layer, int64_t step) { return num_tasks(layer, step); };
@@ -462,6 +469,7 @@ class Steps {
   static constexpr int64_t kTexts = 16;  // of a task
 
   int64_t outside_step() const { return kParts + kPartSteps * cells_.num_parts(); }
+  int64_t write_step() const { return outside_step() + 1; }
   bool has_cells(int64_t layer) const { return e_.used_dims(layer) > 0; }
   typename Cells<T, Product>::Part part(int64_t layer, int64_t slot, int64_t step) const {
     return cells_.part(layer, slot, (step - kParts) / kPartSteps);
@@ -473,6 +481,7 @@ class Steps {
     if (step == kCenter) return has_cells(layer) ? 1 : 0;
     if (step == kTeacher) return rows_.has_kl() && layer == p_.num_layers - 1 ? texts : 0;
     if (step == outside_step()) return has_cells(layer) && !p_.gathered ? 0 : texts;
+    if (step == write_step()) return write_ ? texts : 0;
     if (!has_cells(layer)) return 0;
     const PartStep part_step = static_cast<PartStep>((step - kParts) % kPartSteps);
     if (part_step == kRows) return cells_.num_row_tasks(part(layer, 0, step));
@@ -486,6 +495,7 @@ class Steps {
     if (step == kCenter) return e_.compute_center(layer);
     if (step == kTeacher) return rows_.compute_teacher(texts.first, texts.last);
     if (step == outside_step()) return finish_outside(layer, texts);
+    if (step == write_step()) return write_(layer, texts.first, texts.last);
     const PartStep part_step = static_cast<PartStep>((step - kParts) % kPartSteps);
     if (part_step == kRows) return cells_.rows(part(layer, slot, step), task);
     if (part_step == kAnchors) return cells_.anchors(part(layer, slot, step), task);
@@ -516,15 +526,16 @@ class Steps {
   const LossParams<T>& p_;
   const RowGradient<T>& rows_;
   const Cells<T, Product>& cells_;
-  const ReadRows& read_;
+  const OfRows& read_;
+  const OfRows& write_;
 };
 
 template <class T, class Product>
-void run(const LossParams<T>& params, const ReadRows& read) {
+void run(const LossParams<T>& params, const OfRows& read, const OfRows& write) {
   const Embeddings<T> embeddings(params);
   const RowGradient<T> rows(embeddings);
   const Cells<T, Product> cells(embeddings, rows);
-  Steps<T, Product>(embeddings, rows, cells, read).run();
+  Steps<T, Product>(embeddings, rows, cells, read, write).run();
   reduce(params, cells, rows);
 }
 
@@ -534,13 +545,14 @@ void run(const LossParams<T>& params, const ReadRows& read) {
 constexpr int64_t kFewDims = 8;
 
 template <>
-void loss(const LossParams<float>& params, const ReadRows& read) {
-  params.dims[0] < kFewDims ? run<float, double>(params, read) : run<float, float>(params, read);
+void loss(const LossParams<float>& params, const OfRows& read, const OfRows& write) {
+  params.dims[0] < kFewDims ? run<float, double>(params, read, write)
+                            : run<float, float>(params, read, write);
 }
 
 template <>
-void loss(const LossParams<double>& params, const ReadRows& read) {
-  run<double, double>(params, read);
+void loss(const LossParams<double>& params, const OfRows& read, const OfRows& write) {
+  run<double, double>(params, read, write);
 }
 
 }  // namespace m2d::cpu

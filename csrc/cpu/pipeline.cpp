@@ -67,33 +67,44 @@ class Scheduler {
     bool has_task() const { return started < num_tasks; }
   };
 
-  bool reads(int64_t step) const { return step < p_.num_reading_steps; }
+  enum Kind { kReads, kComputes, kWrites, kKinds };
+
+  Kind kind(int64_t step) const {
+    if (step < p_.num_reading_steps) return kReads;
+    return step < first_writing_step() ? kComputes : kWrites;
+  }
+  int64_t first_writing_step() const { return p_.num_steps - p_.num_writing_steps; }
 
   std::optional<Task> next_task() {
-    int64_t reading = kNone;
-    int64_t computing = kNone;
+    int64_t first[kKinds] = {kNone, kNone, kNone};  // place of the first layer that has a task
     for (int64_t place = 0; place < static_cast<int64_t>(layers_.size()); ++place) {
       const Layer& layer = layers_[place];
       if (!layer.has_task()) continue;
-      if (reads(layer.step)) {
-        if (reading == kNone) reading = place;
-      } else if (computing == kNone && take_slot(place)) {
-        computing = place;
-      }
-      if (reading != kNone && computing != kNone) break;
+      int64_t& of_kind = first[kind(layer.step)];
+      if (of_kind == kNone && take_slot(place)) of_kind = place;
     }
-    const bool may_compute = reading == kNone || computing_threads_ < std::max(1, num_threads_ / 2);
-    const int64_t place = computing != kNone && may_compute ? computing : reading;
+    const int64_t place = choose(first[kReads], first[kComputes], first[kWrites]);
     if (place == kNone) return std::nullopt;
     Layer& layer = layers_[place];
-    if (!reads(layer.step)) ++computing_threads_;
+    ++threads_[kind(layer.step)];
     return Task{place, layer.step, layer.slot, layer.started++};
+  }
+
+  // One of the places, of which any may be kNone.
+  int64_t choose(int64_t reading, int64_t computing, int64_t writing) const {
+    const int half = std::max(1, num_threads_ / 2);
+    const bool may_compute = reading == kNone || threads_[kComputes] < half;
+    if (computing != kNone && may_compute) return computing;
+    const bool may_write = reading == kNone || threads_[kWrites] < half;
+    return writing != kNone && may_write ? writing : reading;
   }
 
   // Whether the layer may go on: it has a slot where its step needs one.
   bool take_slot(int64_t place) {
     Layer& layer = layers_[place];
-    if (layer.slot != kNone || layer.step < p_.num_leading_steps) return true;
+    if (layer.slot != kNone || layer.step < p_.num_leading_steps ||
+        layer.step >= first_writing_step())
+      return true;
     if (layers_.front().step < p_.num_leading_steps || free_slots_.empty()) return false;
     layer.slot = free_slots_.back();
     free_slots_.pop_back();
@@ -101,7 +112,7 @@ class Scheduler {
   }
 
   void finish(const Task& task) {
-    if (!reads(task.step)) --computing_threads_;
+    --threads_[kind(task.step)];
     Layer& layer = layers_[task.place];
     if (++layer.finished == layer.num_tasks) begin_step(task.place, task.step + 1);
   }
@@ -114,10 +125,12 @@ class Scheduler {
       layer.step = step;
       layer.num_tasks = p_.num_tasks(p_.layers[place], step);
     }
-    if (layer.num_tasks > 0) return;
-    layer.step = p_.num_steps;
-    --unfinished_layers_;
-    if (layer.slot != kNone) free_slots_.push_back(layer.slot);
+    if (layer.num_tasks == 0) {
+      layer.step = p_.num_steps;
+      --unfinished_layers_;
+    }
+    if (layer.step < first_writing_step() || layer.slot == kNone) return;
+    free_slots_.push_back(layer.slot);
     layer.slot = kNone;
   }
 
@@ -127,7 +140,7 @@ class Scheduler {
   int64_t unfinished_layers_;
   std::vector<int64_t> free_slots_;
   const int num_threads_;
-  int computing_threads_ = 0;
+  int threads_[kKinds] = {0, 0, 0};
   std::exception_ptr failure_;
 };
 

@@ -1,7 +1,7 @@
 // Layers on their way through the same steps, on all threads, without a barrier that all layers wait at.
 //
-// The first steps of a layer wait for memory and the later ones compute, so that a core which does one leaves idle what
-// the other needs. While there is something to read, one half of the threads at most computes.
+// The first steps of a layer read, the later ones compute, and the last ones write: a core which does one leaves idle
+// what the others need. While there is something to read, one half of the threads at most computes, and one half writes.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,8 @@ struct Pipeline {
   int64_t num_reading_steps = 0;  // those that wait for memory, from the first on
   int64_t num_leading_steps =
       0;  // those of the leading layer that all others' later steps wait for
-  // From the first step that is not a leading one until its last, a layer holds one of so many slots.
+  int64_t num_writing_steps = 0;  // those that wait for memory again, up to the last
+  // Between its leading and its writing steps a layer holds one of so many slots.
   int64_t num_slots = 0;
 
   // Tasks of a step, which may run in any order and at the same time. They all end before the layer's next step begins.

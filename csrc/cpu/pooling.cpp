@@ -250,18 +250,27 @@ void pool(const PoolParams& p) {
 }
 
 template <class Scalar, class Acc>
-void pool_backward(const PoolParams& p, const Acc* pooled_grad, const int64_t* layers,
-                   Acc grad_output, bool stream) {
-  for_each_text(p, [&](int64_t layer, int64_t b, int64_t text) {
-    const TokenBlock& block = p.blocks[b];
-    const StateView& state = p.states[layer * p.num_blocks + b];
-    const TokenSpan span = token_span(block, text);
-    std::vector<Scalar> rows(2 * p.dim);
-    scatter_text(pooled_grad + (layers[layer] * p.num_texts + block.first_text + text) * p.dim,
+void scatter_rows(const PoolParams& p, const Acc* pooled_grad, const int64_t* layers,
+                  Acc grad_output, bool stream, int64_t first, int64_t last) {
+  std::vector<Scalar> rows(2 * p.dim);
+  for (int64_t i = first; i < last; ++i) {
+    const Place at = place(p, i);
+    const TokenBlock& block = p.blocks[at.block];
+    const StateView& state = p.states[at.layer * p.num_blocks + at.block];
+    const TokenSpan span = token_span(block, at.text);
+    scatter_text(pooled_grad + (layers[at.layer] * p.num_texts + i % p.num_texts) * p.dim,
                  grad_output, static_cast<const Acc*>(block.coefficients) + span.first, span.count,
                  p.dim, rows.data(), stream,
-                 static_cast<Scalar*>(state.data) + state_offset(block, state, text));
-    if (stream) end_streams();
+                 static_cast<Scalar*>(state.data) + state_offset(block, state, at.text));
+  }
+  if (stream) end_streams();
+}
+
+template <class Scalar, class Acc>
+void pool_backward(const PoolParams& p, const Acc* pooled_grad, const int64_t* layers,
+                   Acc grad_output, bool stream) {
+  for_text_ranges(p, [&](int64_t first, int64_t last) {
+    scatter_rows<Scalar>(p, pooled_grad, layers, grad_output, stream, first, last);
   });
 }
 
@@ -320,6 +329,8 @@ void pool_max_backward(const PoolParams& p, const Acc* pooled_grad, const int32_
   template void pool<Scalar, Acc>(const PoolParams&);                                             \
   template void pool_backward<Scalar, Acc>(const PoolParams&, const Acc*, const int64_t*, Acc,    \
                                            bool);                                                 \
+  template void scatter_rows<Scalar, Acc>(const PoolParams&, const Acc*, const int64_t*, Acc,     \
+                                          bool, int64_t, int64_t);                                \
   template void pool_backward_add<Scalar, Acc>(const PoolParams&, const Acc*, Acc, const Scalar*, \
                                                bool);                                             \
   template void pool_backward_accumulate<Scalar, Acc>(const PoolParams&, const Acc*, Acc);        \

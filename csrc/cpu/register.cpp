@@ -3,6 +3,8 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <functional>
 #include <tuple>
 #include <vector>
 
@@ -140,13 +142,53 @@ std::vector<Tensor> pool_max_backward_op(const Tensor& pooled_grad, const Tensor
 }
 
 LossOutputs run_loss(const Tensor& pooled, const std::optional<Tensor>& candidates,
-                     int64_t target_offset, const LossOptions& options, const ReadRows& read = {}) {
+                     int64_t target_offset, const LossOptions& options) {
   LossOutputs outputs;
   use_one_thread_after_fork();
   AT_DISPATCH_FLOATING_TYPES(pooled.scalar_type(), "m2d_ext", [&] {
     auto problem = read_loss<scalar_t>(pooled, candidates, target_offset, options);
-    loss<scalar_t>(problem.params, read);
+    loss<scalar_t>(problem.params, {}, {});
     outputs = std::move(problem.outputs);
+  });
+  return outputs;
+}
+
+struct TokenLossOutputs {
+  LossOutputs loss;
+  std::vector<Tensor> grads;  // of the hidden states of `layers`, for a grad_output of 1
+};
+
+TokenLossOutputs run_token_loss(at::TensorList hidden_states, at::TensorList coefficients,
+                                const std::optional<Tensor>& cu_seqlens, const LossOptions& options,
+                                at::IntArrayRef layers) {
+  PoolProblem tokens = read_states(hidden_states, coefficients, cu_seqlens);
+  const Tensor pooled = allocate_pooled(tokens);
+  TokenLossOutputs outputs;
+  dispatch_problem(tokens, [&](auto scalar, auto acc) {
+    using Scalar = decltype(scalar);
+    using Acc = decltype(acc);
+    auto problem = read_loss<Acc>(pooled, std::nullopt, 0, options);
+    const PoolParams& p = tokens.params;
+    const OfRows read = [&p](int64_t layer, int64_t first, int64_t last) {
+      pool_rows<Scalar, Acc>(p, layer * p.num_texts + first, layer * p.num_texts + last);
+    };
+    if (layers.empty()) {
+      loss<Acc>(problem.params, read, {});
+    } else {
+      const Tensor& rows = problem.outputs.pooled_grad;
+      GradProblem grads =
+          allocate_grads(rows, layers, coefficients, cu_seqlens, hidden_states[0].scalar_type());
+      const bool stream = should_stream(grads.grads, p.dim * sizeof(Scalar));
+      loss<Acc>(problem.params, read, [&](int64_t layer, int64_t first, int64_t last) {
+        const auto found = std::find(layers.begin(), layers.end(), layer);
+        if (found == layers.end()) return;
+        const int64_t row = (found - layers.begin()) * p.num_texts;
+        scatter_rows<Scalar, Acc>(grads.pool.params, rows.const_data_ptr<Acc>(), layers.data(),
+                                  Acc(1), stream, row + first, row + last);
+      });
+      outputs.grads = std::move(grads.grads);
+    }
+    outputs.loss = std::move(problem.outputs);
   });
   return outputs;
 }
@@ -156,20 +198,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_op(
     const std::optional<Tensor>& cu_seqlens, const Tensor& weights, const Tensor& kl_weights,
     at::IntArrayRef dims, int64_t num_columns, double scale, double kl_temperature, bool normalize,
     double hardness, double own_hardness, bool needs_grad) {
-  PoolProblem problem = read_states(hidden_states, coefficients, cu_seqlens);
-  const Tensor pooled = allocate_pooled(problem);
-  ReadRows read;
-  dispatch_problem(problem, [&](auto scalar, auto acc) {
-    read = [&p = problem.params](int64_t layer, int64_t first, int64_t last) {
-      pool_rows<decltype(scalar), decltype(acc)>(p, layer * p.num_texts + first,
-                                                 layer * p.num_texts + last);
-    };
-  });
-  LossOutputs out = run_loss(pooled, std::nullopt, 0,
-                             {weights, kl_weights, dims, num_columns, scale, kl_temperature,
-                              normalize, hardness, own_hardness, needs_grad},
-                             read);
+  const LossOutputs out =
+      run_token_loss(hidden_states, coefficients, cu_seqlens,
+                     {weights, kl_weights, dims, num_columns, scale, kl_temperature, normalize,
+                      hardness, own_hardness, needs_grad},
+                     {})
+          .loss;
   return {out.loss, out.cells, out.kl, out.pooled_grad};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> loss_and_gradients_op(
+    at::TensorList hidden_states, at::TensorList coefficients,
+    const std::optional<Tensor>& cu_seqlens, const Tensor& weights, const Tensor& kl_weights,
+    at::IntArrayRef dims, int64_t num_columns, double scale, double kl_temperature, bool normalize,
+    double hardness, double own_hardness, at::IntArrayRef layers) {
+  TORCH_CHECK(
+      std::adjacent_find(layers.begin(), layers.end(), std::greater_equal<>()) == layers.end(),
+      "layers must ascend and be distinct, got ", layers);
+  TokenLossOutputs out = run_token_loss(hidden_states, coefficients, cu_seqlens,
+                                        {weights, kl_weights, dims, num_columns, scale,
+                                         kl_temperature, normalize, hardness, own_hardness, true},
+                                        layers);
+  return {out.loss.loss, out.loss.cells, out.loss.kl, out.loss.pooled_grad, std::move(out.grads)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pooled_loss_op(
@@ -220,6 +270,7 @@ TORCH_LIBRARY_IMPL(m2d_ext, CPU, m) {
   m.impl("pool_max", &m2d::cpu::pool_max_op);
   m.impl("pool_max_backward", &m2d::cpu::pool_max_backward_op);
   m.impl("loss", &m2d::cpu::loss_op);
+  m.impl("loss_and_gradients", &m2d::cpu::loss_and_gradients_op);
   m.impl("pooled_loss", &m2d::cpu::pooled_loss_op);
   m.impl("nested_cosines", &m2d::cpu::nested_cosines_op);
   m.impl("nested_cosines_backward", &m2d::cpu::nested_cosines_backward_op);
