@@ -189,14 +189,16 @@ class OtherWork:
 def peak_memory(candidate: Candidate, inputs: providers.Inputs) -> int:
     """Bytes beyond the hidden states and their gradients.
 
-    The forward and the backward are looked at separately: the gradients exist only in the latter, and subtracting
-    them from a common peak would hide what the forward needs.
+    The forward and the backward are looked at separately: gradients that exist only in the latter, subtracted from a
+    common peak, would hide what the forward needs. Those that our forward writes live beside all that it allocates,
+    until its end.
     """
     assert candidate.loss is not None
     gc.collect()
     memory = PeakMemory()
     loss = candidate.loss()
-    forward = memory.growth()
+    ready = getattr(loss.grad_fn, "unit_gradients", None)
+    forward = memory.growth() - sum(grad.nbytes for grad in (ready.dense if ready is not None else ()))
     grads = torch.autograd.grad(loss, candidate.leaves, grad_outputs=inputs.grad_output)
     backward = memory.growth() - sum(grad.nbytes for grad in grads)
     return max(forward, backward, 0)
