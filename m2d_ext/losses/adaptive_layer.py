@@ -15,7 +15,7 @@ from ..architecture import final_norm as find_final_norm
 from . import fallback, pipeline
 from .cached import choose_caching, read_caching, uncached
 from .embed import Features, merged_alike, transforms_rows
-from .gather import Draw, Drawn, is_distributed
+from .gather import Draw, Drawn, gathers, is_distributed
 from .matryoshka import MatryoshkaLoss, check_fusable, check_uncached, say_fallback
 from .recipe import LayerWeighting, check_below, choose_layers, margin_config, read_layers, read_margin, read_weighting
 from .step import Cells, Step
@@ -120,7 +120,7 @@ class AdaptiveLayerLoss(nn.Module):
         self.log_cells = log_cells
         self.deferred = deferred
         # Learned from the encoder, each with how many modules that had.
-        self._seen_states = (0, 0)
+        self._seen_states: tuple[int | None, int] = (None, 0)
         self._seen_norm: tuple[int, nn.Module | None] = (0, None)
         assert isinstance(self.model[0], Transformer)
         pipeline.check_layered(self.model[0])
@@ -219,16 +219,20 @@ class AdaptiveLayerLoss(nn.Module):
         return pipeline.why_not_fused(model, self._base_loss(), features, labels, cuts_dims)
 
     def _fused(self, model: Any, features: list[Features], labels: Any) -> Tensor | dict[str, Tensor]:
+        loss = uncached(self._base_loss())
+        selects = self._selects()
+        # A walk through all modules, and only who draws before the model is called has to know.
+        num_modules = _num_modules(model) if selects or gathers(loss) else None
         step = Step(
             wrapper=self.model,
             model=model,
-            loss=uncached(self._base_loss()),
+            loss=loss,
             normalize=pipeline.is_normalized(model) and not transforms_rows(model),
             draw=self._draw,
             cells=self._cells,
             num_dims=len(self.loss.matryoshka_dims) if isinstance(self.loss, MatryoshkaLoss) else 1,
-            num_states=self._known_num_states(model),
-            selects=self._selects(),
+            num_states=self._known_num_states(num_modules),
+            selects=selects,
             # Widths differ between processes, and these must call the model equally often: what wraps it
             # communicates in every call.
             merge=list if is_distributed() else merged_alike,
@@ -239,7 +243,7 @@ class AdaptiveLayerLoss(nn.Module):
             false_negative_margin=self._margin(),
         )
         result = step.run(features, labels)
-        self._seen_states = (_num_modules(model), result.num_states)
+        self._seen_states = (num_modules, result.num_states)
         return result.components("layer_{}_dim_{}", "layer_{}_kl") if self.log_cells else result.loss
 
     def _norm(self, model: Any) -> nn.Module | None:
@@ -251,10 +255,10 @@ class AdaptiveLayerLoss(nn.Module):
             self._seen_norm = (num_modules, find_final_norm(model[0]))
         return self._seen_norm[1]
 
-    def _known_num_states(self, model: Any) -> int | None:
-        """How many hidden states the encoder returned before."""
-        num_modules, num_states = self._seen_states
-        return num_states if num_modules == _num_modules(model) else None
+    def _known_num_states(self, num_modules: int | None) -> int | None:
+        """How many hidden states the encoder returned when it had as many modules."""
+        seen, num_states = self._seen_states
+        return num_states if num_modules is not None and seen == num_modules else None
 
     def _selects(self) -> bool:
         """Whether to ask for the drawn states alone. Not where all layers are trained; nor of a compiled encoder,
