@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import ops
 from .deferred import DeferredGradients
@@ -41,7 +42,14 @@ class _UnitGradients(NamedTuple):
     dense: list[Tensor]
 
     def answer(self, layers: Sequence[int], grad_output: Tensor | None) -> bool:
-        return self.layers == layers and grad_output is not None and grad_output.item() == 1.0
+        if _is_traced() or self.layers != layers:
+            return False
+        return grad_output is not None and grad_output.item() == 1.0
+
+
+def _is_traced() -> bool:
+    """Whether what runs is recorded, or counted: then nothing may depend on a value."""
+    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
 
 
 def _scatter(ctx: Any, pooled_grad: Tensor, grad_output: Tensor | None, needed: Sequence[bool]) -> list[Tensor | None]:
@@ -96,7 +104,7 @@ class _Loss(torch.autograd.Function):
         *states: Tensor,
     ) -> Any:
         inputs = _flat(states, cu_seqlens), coefficients, cu_seqlens, grid
-        if states[0].is_cpu and not torch.compiler.is_compiling():
+        if states[0].is_cpu and not _is_traced():
             needed = _without(deferred, ctx.needs_input_grad[4:])
             layers = _needed_layers(needed, len(coefficients))
             loss, cells, kl, pooled_grad, dense = ops.loss_and_gradients(*inputs, layers)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import m2d_ext
 from m2d_ext.functional import matryoshka_2d_loss, matryoshka_2d_loss_pooled
@@ -159,6 +160,21 @@ def test_malformed_calls_are_refused() -> None:
         rows, candidates = torch.randn(1, texts, 8), torch.randn(1, count, 8)
         with pytest.raises(RuntimeError, match="hardness asks for as many candidates in every column"):
             torch.ops.m2d_ext.pooled_loss(rows, candidates, offset, *hard, True)
+
+
+def test_a_recorded_step_depends_on_no_value() -> None:
+    """make_fx records the gradients of one g, and the graph gives those of any."""
+
+    def step(upstream: Tensor, *states: Tensor) -> list[Tensor]:
+        loss = matryoshka_2d_loss(list(states), dims=[4, 8], weights=[[1.0, 0.5]] * 2)
+        assert isinstance(loss, Tensor)
+        return list(torch.autograd.grad(loss, states, upstream))
+
+    states = [torch.randn(4, 3, 8, requires_grad=True) for _ in range(2)]
+    step(torch.ones(()), *states)  # the weights are read once, which is not to be recorded
+    recorded = make_fx(step)(torch.ones(()), *states)
+    for upstream in (torch.ones(()), torch.tensor(2.5)):
+        assert all(map(torch.equal, recorded(upstream, *states), step(upstream, *states)))
 
 
 @pytest.mark.parametrize("backend", ["fused", "reference"])
