@@ -7,6 +7,7 @@ The operators are private: called on a tensor that requires grad they record no 
 import functools
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -295,23 +296,12 @@ def _fake_loss(
 
 
 def _fake_loss_and_gradients(
-    hidden_states: Sequence[Tensor],
-    coefficients: Sequence[Tensor],
-    cu_seqlens: Tensor | None,
-    weights: Tensor,
-    kl_weights: Tensor,
-    dims: Sequence[int],
-    num_columns: int,
-    scale: float,
-    kl_temperature: float,
-    normalize: bool,
-    hardness: float,
-    own_hardness: float,
-    layers: Sequence[int],
+    hidden_states: Sequence[Tensor], coefficients: Sequence[Tensor], cu_seqlens: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    pooled = _fake_pool(hidden_states, coefficients, cu_seqlens)
-    grads = _fake_pool_backward(pooled, None, layers, coefficients, cu_seqlens, hidden_states[0].dtype)
-    return (*_empty_loss(pooled, len(pooled), len(dims)), torch.empty_like(pooled), grads)
+    grid, layers = Grid(*options[:-1]), options[-1]
+    loss, cells, kl, rows = _fake_loss(hidden_states, coefficients, cu_seqlens, *grid, needs_grad=True)
+    grads = _fake_pool_backward(rows, None, layers, coefficients, cu_seqlens, hidden_states[0].dtype)
+    return loss, cells, kl, rows, grads
 
 
 def _fake_pooled_loss(
