@@ -1,0 +1,107 @@
+#include "memory.h"
+
+#include <cstdint>
+#include <cstring>
+
+#include "simd.h"
+
+#if defined(M2D_HAS_SSE2)
+#include <immintrin.h>
+#endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+namespace m2d::cpu {
+namespace {
+
+constexpr size_t kHugePagesFrom = 4 << 20;  // two huge pages of 2 MiB
+constexpr size_t kStreamFrom =
+    32 << 20;  // what a last-level cache would still hold when it is read again
+
+bool are_multiples(const void* address, size_t size, size_t of) {
+  return (reinterpret_cast<uintptr_t>(address) | size) % of == 0;
+}
+
+// Copies past the caches. A cache line per round: a processor joins the parts of a line before it writes it, and falls
+// behind where the loop around each part takes longer than memory does.
+#if defined(M2D_HAS_SSE2)
+
+void copy_by_16(void* to, const void* from, size_t bytes) {
+  const __m128i* source = static_cast<const __m128i*>(from);
+  __m128i* target = static_cast<__m128i*>(to);
+  const size_t parts = bytes / sizeof(__m128i);
+  size_t i = 0;
+  for (; i + 4 <= parts; i += 4) {
+    const __m128i x0 = _mm_loadu_si128(source + i), x1 = _mm_loadu_si128(source + i + 1);
+    const __m128i x2 = _mm_loadu_si128(source + i + 2), x3 = _mm_loadu_si128(source + i + 3);
+    _mm_stream_si128(target + i, x0);
+    _mm_stream_si128(target + i + 1, x1);
+    _mm_stream_si128(target + i + 2, x2);
+    _mm_stream_si128(target + i + 3, x3);
+  }
+  for (; i < parts; ++i) _mm_stream_si128(target + i, _mm_loadu_si128(source + i));
+}
+
+#if defined(M2D_HAS_X86_LEVELS)
+__attribute__((target("avx2"))) void copy_by_32(void* to, const void* from, size_t bytes) {
+  const __m256i* source = static_cast<const __m256i*>(from);
+  __m256i* target = static_cast<__m256i*>(to);
+  const size_t parts = bytes / sizeof(__m256i);
+  size_t i = 0;
+  for (; i + 2 <= parts; i += 2) {
+    const __m256i x0 = _mm256_loadu_si256(source + i), x1 = _mm256_loadu_si256(source + i + 1);
+    _mm256_stream_si256(target + i, x0);
+    _mm256_stream_si256(target + i + 1, x1);
+  }
+  for (; i < parts; ++i) _mm256_stream_si256(target + i, _mm256_loadu_si256(source + i));
+}
+#endif
+#endif
+
+}  // namespace
+
+void advise_huge_pages(const at::Tensor& tensor) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  if (tensor.nbytes() < kHugePagesFrom) return;
+  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.data_ptr()) & ~(page - 1);
+  const uintptr_t end = reinterpret_cast<uintptr_t>(tensor.data_ptr()) + tensor.nbytes();
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+bool should_stream(const std::vector<at::Tensor>& tensors, size_t row_bytes) {
+#if defined(M2D_HAS_SSE2)
+  size_t total = 0;
+  for (const at::Tensor& tensor : tensors) {
+    if (tensor.nbytes() < kHugePagesFrom) return false;
+    if (!are_multiples(tensor.data_ptr(), row_bytes, kStreamPart)) return false;
+    total += tensor.nbytes();
+  }
+  return total >= kStreamFrom;
+#else
+  return false;
+#endif
+}
+
+void stream_copy(void* to, const void* from, size_t bytes) {
+#if defined(M2D_HAS_X86_LEVELS)
+  static const bool has_32 = __builtin_cpu_supports("avx2");
+  if (has_32 && are_multiples(to, bytes, 32)) return copy_by_32(to, from, bytes);
+#endif
+#if defined(M2D_HAS_SSE2)
+  copy_by_16(to, from, bytes);
+#else
+  std::memcpy(to, from, bytes);
+#endif
+}
+
+void end_streams() {
+#if defined(M2D_HAS_SSE2)
+  _mm_sfence();
+#endif
+}
+
+}  // namespace m2d::cpu
