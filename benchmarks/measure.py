@@ -197,7 +197,7 @@ def peak_memory(candidate: Candidate, inputs: providers.Inputs) -> int:
     gc.collect()
     memory = PeakMemory()
     loss = candidate.loss()
-    ready = getattr(loss.grad_fn, "unit_gradients", None)
+    ready = getattr(loss.grad_fn, "ready_gradients", None)
     forward = memory.growth() - sum(grad.nbytes for grad in (ready.dense if ready is not None else ()))
     grads = torch.autograd.grad(loss, candidate.leaves, grad_outputs=inputs.grad_output)
     backward = memory.growth() - sum(grad.nbytes for grad in grads)

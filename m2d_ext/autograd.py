@@ -2,8 +2,8 @@
 
 The loss is a scalar, so its gradient is only ever multiplied by one number g: the forward already computes dP, and
 the backward is the scatter ``g a[n, t] dP[l, n, :]`` alone; see :mod:`m2d_ext.deferred` for what it leaves to hooks.
-On the CPU the forward has even scattered for g = 1, which is what ``loss.backward()`` means: it writes one layer's
-gradients while it reads the next one's states. Any other g scatters again.
+On the CPU the forward has even scattered, for the g that it expects: it writes one layer's gradients while it reads
+the next one's states. Any other g scatters again.
 """
 
 from collections.abc import Sequence
@@ -35,16 +35,40 @@ def _place(dense: Sequence[Tensor], layers: Sequence[int], needed: Sequence[bool
     return [grad if need else None for grad, need in zip(grads, needed, strict=True)]
 
 
-class _UnitGradients(NamedTuple):
-    """Dense gradients of the loss, for a g of 1."""
+class _ReadyGradients(NamedTuple):
+    """Dense gradients of the loss that the forward wrote, for the g that it expected."""
 
     layers: list[int]
+    grad_output: float
     dense: list[Tensor]
 
-    def answer(self, layers: Sequence[int], grad_output: Tensor | None) -> bool:
-        if _is_traced() or self.layers != layers:
-            return False
-        return grad_output is not None and grad_output.item() == 1.0
+
+class _Expectation:
+    """The g that the next backward will ask for: that of the last two, None where they differ.
+
+    ``loss.backward()`` means 1, and it is the same in every step of a loop also where the loss is divided among
+    accumulated batches, weighted beside others, or scaled.
+    """
+
+    def __init__(self) -> None:
+        self._last = 1.0
+        self.grad_output: float | None = 1.0
+
+    def see(self, grad_output: float) -> None:
+        self.grad_output = grad_output if grad_output == self._last else None
+        self._last = grad_output
+
+
+_expectation = _Expectation()
+
+
+def _seen(grad_output: Tensor | None) -> float | None:
+    """g, where nothing has to wait for it and nothing is recorded."""
+    if grad_output is None or not grad_output.is_cpu or _is_traced():
+        return None
+    asked = grad_output.item()
+    _expectation.see(asked)
+    return asked
 
 
 def _is_traced() -> bool:
@@ -57,8 +81,9 @@ def _scatter(ctx: Any, pooled_grad: Tensor, grad_output: Tensor | None, needed: 
     blocks = len(ctx.coefficients)
     layers = _needed_layers(needed, blocks)
     # Given away: whoever gets them may write into them, and another backward makes its own.
-    ready, ctx.unit_gradients = ctx.unit_gradients, None
-    if ready is not None and ready.answer(layers, grad_output):
+    ready, ctx.ready_gradients = ctx.ready_gradients, None
+    asked = _seen(grad_output)
+    if ready is not None and (ready.layers, ready.grad_output) == (layers, asked):
         dense = ready.dense
     else:
         del ready  # its memory is what the new ones are written into
@@ -104,14 +129,15 @@ class _Loss(torch.autograd.Function):
         *states: Tensor,
     ) -> Any:
         inputs = _flat(states, cu_seqlens), coefficients, cu_seqlens, grid
-        if states[0].is_cpu and not _is_traced():
+        expected = _expectation.grad_output if states[0].is_cpu and not _is_traced() else None
+        ctx.ready_gradients = None
+        if expected is None:
+            loss, cells, kl, pooled_grad = ops.loss(*inputs, True)
+        else:
             needed = _without(deferred, ctx.needs_input_grad[4:])
             layers = _needed_layers(needed, len(coefficients))
-            loss, cells, kl, pooled_grad, dense = ops.loss_and_gradients(*inputs, layers)
-            ctx.unit_gradients = _UnitGradients(layers, dense)
-        else:
-            loss, cells, kl, pooled_grad = ops.loss(*inputs, True)
-            ctx.unit_gradients = None
+            loss, cells, kl, pooled_grad, dense = ops.loss_and_gradients(*inputs, expected, layers)
+            ctx.ready_gradients = _ReadyGradients(layers, expected, dense)
         ctx.save_for_backward(pooled_grad)
         ctx.coefficients, ctx.cu_seqlens = coefficients, cu_seqlens
         ctx.dtype, ctx.shape = states[0].dtype, states[0].shape
@@ -154,7 +180,7 @@ class _Pool(torch.autograd.Function):
         ctx.coefficients, ctx.cu_seqlens = coefficients, cu_seqlens
         ctx.dtype, ctx.shape = states[0].dtype, states[0].shape
         ctx.deferred = deferred
-        ctx.unit_gradients = None
+        ctx.ready_gradients = None
         return ops.pool(_flat(states, cu_seqlens), coefficients, cu_seqlens)
 
     @staticmethod

@@ -179,12 +179,13 @@ def loss_and_gradients(
     coefficients: Sequence[Tensor],
     cu_seqlens: Tensor | None,
     grid: Grid,
+    grad_output: float,
     layers: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    """:func:`loss` with dP, and what :func:`pool_backward` makes of it for ``layers`` and a ``grad_output`` of 1. CPU
-    only: there one layer's gradients are written while the next one's states are read.
+    """:func:`loss` with dP, and what :func:`pool_backward` makes of it for ``grad_output`` and ``layers``. CPU only:
+    there one layer's gradients are written while the next one's states are read.
     """
-    return torch.ops.m2d_ext.loss_and_gradients(hidden_states, coefficients, cu_seqlens, *grid, layers)
+    return torch.ops.m2d_ext.loss_and_gradients(hidden_states, coefficients, cu_seqlens, *grid, grad_output, layers)
 
 
 def pooled_loss(
@@ -298,7 +299,7 @@ def _fake_loss(
 def _fake_loss_and_gradients(
     hidden_states: Sequence[Tensor], coefficients: Sequence[Tensor], cu_seqlens: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    grid, layers = Grid(*options[:-1]), options[-1]
+    grid, layers = Grid(*options[:-2]), options[-1]
     loss, cells, kl, rows = _fake_loss(hidden_states, coefficients, cu_seqlens, *grid, needs_grad=True)
     grads = _fake_pool_backward(rows, None, layers, coefficients, cu_seqlens, hidden_states[0].dtype)
     return loss, cells, kl, rows, grads

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import m2d_ext
 import oracle
-from m2d_ext import functional
+from m2d_ext import autograd, functional, ops
 from m2d_ext.functional import matryoshka_2d_loss, matryoshka_2d_loss_pooled, pool_layers
 
 COMPILED = m2d_ext.build_info()["build"] != "none"
@@ -319,9 +319,8 @@ def test_partial_requires_grad(backend: str) -> None:
 
 @pytest.mark.skipif(not COMPILED, reason="no extension")
 def test_no_gradient_is_computed_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
-    from m2d_ext import ops
-
     wanted = []
+    monkeypatch.setattr(autograd, "_expectation", autograd._Expectation())
     for name in ("loss", "loss_and_gradients"):
         original = getattr(ops, name)
         monkeypatch.setattr(ops, name, lambda *args, of=original: (wanted.append(args[-1]), of(*args))[1])
@@ -354,6 +353,38 @@ def test_each_backward_has_gradients_of_its_own(backend: str) -> None:
         for grad, expected in zip(grads, unit, strict=True):
             torch.testing.assert_close(grad, upstream * expected)
             grad.zero_()
+
+
+@pytest.mark.skipif(not COMPILED, reason="no extension")
+def test_the_forward_writes_the_gradients_that_a_loop_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those for the g of the last two backwards, with the bits of a scatter, which any other g needs."""
+    called: list[str] = []
+    for name in ("loss", "loss_and_gradients", "pool_backward"):
+        original = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *args, of=original, name=name: (called.append(name), of(*args))[1])
+    monkeypatch.setattr(autograd, "_expectation", autograd._Expectation())
+    case = make_case(19, 3, (5, 4), 6, 16, [8, 16])
+    leaves = case.leaves(torch.float32)
+    flat = [state for layer in leaves for state in layer]
+    written, both, scattered = (
+        ["loss_and_gradients"],
+        ["loss_and_gradients", "pool_backward"],
+        ["loss", "pool_backward"],
+    )
+    first: dict[float, tuple[Tensor, ...]] = {}
+    for g, expected in (
+        *((1.0, written), (1.0, written)),
+        *((0.25, both), (0.25, scattered), (0.25, written), (0.25, written)),
+        *((1.0, both), (0.25, scattered), (1.0, scattered), (1.0, scattered), (1.0, written)),
+        *((math.nan, both), (1.0, scattered), (1.0, scattered), (1.0, written)),
+    ):
+        called.clear()
+        loss = matryoshka_2d_loss(leaves, case.masks, backend="fused", **case.options)
+        assert isinstance(loss, Tensor)
+        grads = torch.autograd.grad(loss, flat, torch.tensor(g))
+        assert called == expected
+        for grad, other in zip(grads, first.setdefault(g, grads), strict=True):
+            torch.testing.assert_close(grad, other, rtol=0, atol=0, equal_nan=True)
 
 
 @backends

@@ -45,7 +45,9 @@ def test_opcheck_of_tokens(dtype: torch.dtype, packed: bool) -> None:
     for needs_grad in (False, True):
         torch.library.opcheck(torch.ops.m2d_ext.loss, (states, coefficients, offsets, *_grid(3), needs_grad))
     for layers in ([], [0, 2]):
-        torch.library.opcheck(torch.ops.m2d_ext.loss_and_gradients, (states, coefficients, offsets, *_grid(3), layers))
+        torch.library.opcheck(
+            torch.ops.m2d_ext.loss_and_gradients, (states, coefficients, offsets, *_grid(3), 1.5, layers)
+        )
     rows = torch.randn(3, 4, 8, dtype=_accumulate(dtype))
     torch.library.opcheck(
         torch.ops.m2d_ext.pool_backward, (rows, torch.tensor(2.0), [0, 2], coefficients, offsets, dtype)
@@ -76,11 +78,14 @@ def test_gradients_that_come_with_the_loss(dtype: torch.dtype, packed: bool) -> 
         inputs = [torch.randn(*table.shape, width).to(dtype) for _ in range(3)], [table], offsets
         for layers in ([], [1], [0, 2], [0, 1, 2]):
             *expected, rows = torch.ops.m2d_ext.loss(*inputs, *_grid(3), True)
-            *found, found_rows, grads = torch.ops.m2d_ext.loss_and_gradients(*inputs, *_grid(3), layers)
-            dense = torch.ops.m2d_ext.pool_backward(rows, None, layers, [table], offsets, dtype)
-            assert all(map(torch.equal, [*found, found_rows], [*expected, rows]))
-            assert len(grads) == len(dense) == len(layers)
-            assert all(map(torch.equal, grads, dense))
+            for g in (1.0, 0.3):
+                *found, found_rows, grads = torch.ops.m2d_ext.loss_and_gradients(*inputs, *_grid(3), g, layers)
+                dense = torch.ops.m2d_ext.pool_backward(
+                    rows, torch.tensor(g, dtype=torch.float64), layers, [table], offsets, dtype
+                )
+                assert all(map(torch.equal, [*found, found_rows], [*expected, rows]))
+                assert len(grads) == len(dense) == len(layers)
+                assert all(map(torch.equal, grads, dense))
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -147,9 +152,9 @@ def test_malformed_calls_are_refused() -> None:
         torch.ops.m2d_ext.pool([torch.randn(9, 8)], [torch.rand(9)], torch.tensor([0, 20]))
     for layers in ([1, 0], [1, 1]):
         with pytest.raises(RuntimeError, match="layers must ascend"):
-            torch.ops.m2d_ext.loss_and_gradients(states, coefficients, None, *_grid(3), layers)
+            torch.ops.m2d_ext.loss_and_gradients(states, coefficients, None, *_grid(3), 1.0, layers)
     with pytest.raises(RuntimeError, match="layer 3 is out of range"):
-        torch.ops.m2d_ext.loss_and_gradients(states, coefficients, None, *_grid(3), [3])
+        torch.ops.m2d_ext.loss_and_gradients(states, coefficients, None, *_grid(3), 1.0, [3])
     rows = torch.randn(1, 4, 8)
     with pytest.raises(RuntimeError, match="dims must ascend"):
         torch.ops.m2d_ext.pooled_loss(rows, None, 0, *_grid(1, (4, 9)), True)

@@ -155,12 +155,12 @@ LossOutputs run_loss(const Tensor& pooled, const std::optional<Tensor>& candidat
 
 struct TokenLossOutputs {
   LossOutputs loss;
-  std::vector<Tensor> grads;  // of the hidden states of `layers`, for a grad_output of 1
+  std::vector<Tensor> grads;  // of the hidden states of `layers`
 };
 
 TokenLossOutputs run_token_loss(at::TensorList hidden_states, at::TensorList coefficients,
                                 const std::optional<Tensor>& cu_seqlens, const LossOptions& options,
-                                at::IntArrayRef layers) {
+                                double grad_output, at::IntArrayRef layers) {
   PoolProblem tokens = read_states(hidden_states, coefficients, cu_seqlens);
   const Tensor pooled = allocate_pooled(tokens);
   TokenLossOutputs outputs;
@@ -184,7 +184,7 @@ TokenLossOutputs run_token_loss(at::TensorList hidden_states, at::TensorList coe
         if (found == layers.end()) return;
         const int64_t row = (found - layers.begin()) * p.num_texts;
         scatter_rows<Scalar, Acc>(grads.pool.params, rows.const_data_ptr<Acc>(), layers.data(),
-                                  Acc(1), stream, row + first, row + last);
+                                  static_cast<Acc>(grad_output), stream, row + first, row + last);
       });
       outputs.grads = std::move(grads.grads);
     }
@@ -202,7 +202,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_op(
       run_token_loss(hidden_states, coefficients, cu_seqlens,
                      {weights, kl_weights, dims, num_columns, scale, kl_temperature, normalize,
                       hardness, own_hardness, needs_grad},
-                     {})
+                     1.0, {})
           .loss;
   return {out.loss, out.cells, out.kl, out.pooled_grad};
 }
@@ -211,14 +211,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> loss_and_gradien
     at::TensorList hidden_states, at::TensorList coefficients,
     const std::optional<Tensor>& cu_seqlens, const Tensor& weights, const Tensor& kl_weights,
     at::IntArrayRef dims, int64_t num_columns, double scale, double kl_temperature, bool normalize,
-    double hardness, double own_hardness, at::IntArrayRef layers) {
+    double hardness, double own_hardness, double grad_output, at::IntArrayRef layers) {
   TORCH_CHECK(
       std::adjacent_find(layers.begin(), layers.end(), std::greater_equal<>()) == layers.end(),
       "layers must ascend and be distinct, got ", layers);
   TokenLossOutputs out = run_token_loss(hidden_states, coefficients, cu_seqlens,
                                         {weights, kl_weights, dims, num_columns, scale,
                                          kl_temperature, normalize, hardness, own_hardness, true},
-                                        layers);
+                                        grad_output, layers);
   return {out.loss.loss, out.loss.cells, out.loss.kl, out.loss.pooled_grad, std::move(out.grads)};
 }
 
