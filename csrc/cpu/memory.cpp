@@ -20,14 +20,14 @@ constexpr size_t kHugePagesFrom = 4 << 20;  // two huge pages of 2 MiB
 constexpr size_t kStreamFrom =
     32 << 20;  // what a last-level cache would still hold when it is read again
 
+#if defined(M2D_HAS_SSE2)
+
 bool are_multiples(const void* address, size_t size, size_t of) {
   return (reinterpret_cast<uintptr_t>(address) | size) % of == 0;
 }
 
 // Copies past the caches. A cache line per round: a processor joins the parts of a line before it writes it, and falls
 // behind where the loop around each part takes longer than memory does.
-#if defined(M2D_HAS_SSE2)
-
 void copy_by_16(void* to, const void* from, size_t bytes) {
   const __m128i* source = static_cast<const __m128i*>(from);
   __m128i* target = static_cast<__m128i*>(to);
