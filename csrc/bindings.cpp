@@ -32,10 +32,8 @@ TORCH_LIBRARY(m2d_ext, m) {
   m.def(
       "loss_and_gradients(Tensor[] hidden_states, Tensor[] coefficients, Tensor? cu_seqlens, "
       "Tensor weights, Tensor kl_weights, int[] dims, int num_columns, float scale, "
-      "float kl_temperature, bool normalize, float hardness, float own_hardness, float "
-      "grad_output, "
-      "int[] layers) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor[])");
+      "float kl_temperature, bool normalize, float hardness, float own_hardness, "
+      "float grad_output, int[] layers) -> (Tensor, Tensor, Tensor, Tensor, Tensor[])");
   m.def(
       "pooled_loss(Tensor pooled, Tensor? candidates, int target_offset, Tensor weights, "
       "Tensor kl_weights, int[] dims, int num_columns, float scale, float kl_temperature, "
