@@ -34,7 +34,7 @@ help:
 	@echo "make sanitize the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make cuda-link build, link and import the CUDA extension, no GPU needed (downloads gigabytes)"
 	@echo "make gpu-check on a GPU: tests and compute-sanitizer   (both take PYTHON=, RESULTS=)"
-	@echo "make gpu-bench on a GPU: times; PART=s1, s2, s3 or pooled"
+	@echo "make gpu-bench on a GPU: times; PART=s1, s2, s3, pooled or step"
 	@echo "make lint     ruff, mypy, clang-format: what CI checks"
 	@echo "make format   let ruff and clang-format rewrite the sources"
 	@echo "make install  what the others do first: make .venv, install torch and m2d_ext into it"
@@ -132,7 +132,7 @@ gpu-check: gpu-build
 	$(PYTHON) benchmarks/gpu_check.py --build $(GPU_BUILD) --results $(RESULTS)
 
 gpu-bench: gpu-build
-	for part in $(PART); do $(PYTHON) benchmarks/gpu_bench.py $$part --build $(GPU_BUILD) --results $(RESULTS) || exit; done
+	for part in $(PART); do $(PYTHON) benchmarks/gpu_bench.py $$part --build $(GPU_BUILD) --results $(RESULTS) $(BENCH_ARGS) || exit; done
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

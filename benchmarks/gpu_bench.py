@@ -1,16 +1,16 @@
-"""Speed of the loss alone on the GPU that is there. `make gpu-bench PART=s1` runs it.
+"""Speed on the GPU that is there: of the loss alone, and of whole steps. `make gpu-bench PART=s1` runs it.
 
     python benchmarks/gpu_bench.py s1 --build build/gpu --results benchmarks/results
 
-Parts: the shapes s1, s2 and s3, each in bfloat16 and float32, and "pooled", one large similarity problem. Each within
-7 minutes, the build not included; what there was no time for is missing from the results, which are written as they
-come.
+Parts: the shapes s1, s2 and s3, each in bfloat16 and float32; "pooled", one large similarity problem; and "step",
+whole optimiser steps of two encoders, of which gpu_step.py says more. Each within 7 minutes, the build not included;
+what there was no time for is missing from the results, which are written as they come.
 
-A step is a forward and a backward, `torch.autograd.grad(loss, states, grad_outputs=g)`. Steps of all providers are
-interleaved, the L2 cache is overwritten before each, and ratios are medians over the rounds of two steps of one round.
-Two times of each provider: "eager" is between CUDA events around the step as Python runs it, the host's work included
-where the GPU waits for it; "graph" is the same step captured once and replayed: the GPU's work alone. The floor copies
-the same bytes into buffers allocated as the gradients are.
+Of the loss alone, a step is a forward and a backward, `torch.autograd.grad(loss, states, grad_outputs=g)`. Steps of
+all providers are interleaved, the L2 cache is overwritten before each, and ratios are medians over the rounds of two
+steps of one round. Two times of each provider: "eager" is between CUDA events around the step as Python runs it, the
+host's work included where the GPU waits for it; "graph" is the same step captured once and replayed: the GPU's work
+alone. The floor copies the same bytes into buffers allocated as the gradients are.
 """
 
 from __future__ import annotations
@@ -29,13 +29,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu_build import Results, environment, markdown_table
+import gpu_step
+from gpu_build import Results, environment, markdown_table, number
 
 MINUTES = 7.0
 ROUNDS = 30
 WARMUP = 3
 PADDING = 0.25
 DTYPES = ("bfloat16", "float32")
+# What a part measures, each in a process of its own.
+PARTS = {"s1": DTYPES, "s2": DTYPES, "s3": DTYPES, "pooled": ("bfloat16",), "step": tuple(gpu_step.ENCODERS)}
 COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
 KERNELS = "ours, ready coefficients"  # less the few launches that turn the mask into coefficients
 # How far a provider's loss may be from ours: half types round differently.
@@ -413,10 +416,6 @@ def measure_pooled(write: Callable[[dict[str, Any]], None]) -> None:
 # ---- processes and tables ----
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
 def section(result: dict[str, Any]) -> str:
     header = ["provider", "eager ms", "host ms", "graph ms", "eager / ours", "graph / ours", "graph / floor"]
     header += ["kernels", "peak MiB"]
@@ -435,7 +434,7 @@ def section(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["s1", "s2", "s3", "pooled"])
+    parser.add_argument("part", choices=list(PARTS))
     parser.add_argument("--build", type=Path, required=True, help="the folder of gpu_build.py")
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=MINUTES)
@@ -457,29 +456,34 @@ def main() -> None:
         return
 
     results = Results(args.results, f"gpu-bench-{args.part}")
-    dtypes = ("bfloat16",) if args.part == "pooled" else DTYPES
     complete = True
-    for i, dtype in enumerate(dtypes):
-        output = args.build.resolve() / f"{args.part}-{dtype}.json"
+    for i, name in enumerate(PARTS[args.part]):
+        output = args.build.resolve() / f"{args.part}-{name}.json"
         output.unlink(missing_ok=True)
-        minutes = (end - time.monotonic()) / 60 / (len(dtypes) - i)
-        # From the folder of the build: its modules, beside a copy of this file.
-        command = [sys.executable, "benchmarks/gpu_bench.py", args.part, "--build", ".", "--results", "."]
-        command += ["--measure", dtype, "--output", str(output), "--minutes", str(minutes)]
+        minutes = (end - time.monotonic()) / 60 / (len(PARTS[args.part]) - i)
+        # From the folder of the build: its modules, beside copies of these files.
+        command = [sys.executable]
+        if args.part == "step":
+            command += ["benchmarks/gpu_step.py", name]
+        else:
+            command += ["benchmarks/gpu_bench.py", args.part, "--build", ".", "--results", ".", "--measure", name]
+        command += ["--output", str(output), "--minutes", str(minutes)]
         try:
             done = subprocess.run(
                 command, cwd=args.build, env=environment(args.build), timeout=60 * minutes, check=False
             )
             complete = complete and done.returncode == 0
         except subprocess.TimeoutExpired:
-            print(f"{args.part}, {dtype}: time was up", flush=True)
+            print(f"{args.part}, {name}: time was up", flush=True)
             complete = False
         if output.exists():
             result = json.loads(output.read_text())
-            results.data[dtype] = result
-            results.sections.append(section(result))
+            text = gpu_step.section(result) if args.part == "step" else section(result)
+            results.data[name] = result
+            results.sections.append(text)
             results.write(f"m2d_ext on a GPU: {args.part}")
-            print(section(result), flush=True)
+            if args.part != "step":  # which prints its tables as they come
+                print(text, flush=True)
     raise SystemExit(0 if complete else 1)
 
 

@@ -15,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -86,6 +87,16 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def number(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def objects(output: Path) -> Path:
+    """Where the build keeps what it compiled of csrc/."""
+    temporary = f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    return output.resolve() / "source" / "build" / temporary / "csrc"
+
+
 def build(output: Path) -> float:
     """Seconds. What is up to date is not compiled again."""
     source = output / "source"
@@ -95,6 +106,7 @@ def build(output: Path) -> float:
         options = {"dirs_exist_ok": True} if (ROOT / name).is_dir() else {}
         copied(ROOT / name, source / name, **options)  # with their times, by which ninja tells what is new
     environ = {**os.environ, "M2D_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": capability()}
+    environ["NVCC_APPEND_FLAGS"] = "-lineinfo"  # the same code, whose lines compute-sanitizer and profilers can name
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--no-index"]
     command += ["--upgrade", "--target", str(output.resolve()), "."]
     start = time.monotonic()

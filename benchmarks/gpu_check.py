@@ -1,29 +1,35 @@
-"""Whether the kernels are right on the GPU that is there: the tests, then compute-sanitizer. `make gpu-check` runs it.
+"""Whether the kernels are right on the GPU that is there: tests and compute-sanitizer. `make gpu-check` runs it.
 
-Within 7 minutes, the build not included; what there was no time for is reported as not finished. Exit status 1 unless
-all checks passed.
+All checks run at the same time, and each is reported as it ends. Within 7 minutes, the build not included; what there
+was no time for is reported as not finished. Exit status 1 unless all checks passed.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
+import importlib.util
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gpu_build import ROOT, Results, capability, environment, markdown_table
+from gpu_build import ROOT, Results, capability, environment, markdown_table, objects
 
 MINUTES = 7.0
-SECONDS_OF_A_TOOL = 100.0  # at most, so that the others have their turn
+WORKERS = 8  # of each run of pytest, where pytest-xdist is installed
 REPEATS = 10_000
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+CHECKS = ("cuda", "repeats", "cpu", "compile", "plain run", "compute-sanitizer", *TOOLS)  # the order of the table
 RESULT = {0: "passed", None: "not finished"}  # by exit status
 TITLE = "m2d_ext on a GPU: tests and compute-sanitizer"
 
@@ -36,67 +42,57 @@ class Deadline:
         return max(0.0, self._end - time.monotonic())
 
 
-def run(command: list[str], deadline: Deadline, at_most: float = math.inf, **options: Any) -> dict[str, Any]:
-    """Its exit status, None where time was up, seconds and the end of its output."""
+def run(command: list[str], deadline: Deadline, **options: Any) -> dict[str, Any]:
+    """Its exit status, None where time was up, seconds, the end of its output and a line of that."""
     start = time.monotonic()
-    try:
-        done = subprocess.run(
-            command,
-            timeout=min(at_most, deadline.seconds()),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-            **options,
-        )
-        status, output = done.returncode, done.stdout
-    except subprocess.TimeoutExpired as error:
-        status, output = None, error.output or b""
-        output = output.decode(errors="replace") if isinstance(output, bytes) else output
-    return {"status": status, "seconds": round(time.monotonic() - start, 1), "output": output[-20_000:]}
+    # A file: at the end of a pipe one would wait for whatever a killed program leaves running.
+    with tempfile.TemporaryFile("w+", errors="replace") as file:
+        try:
+            done = subprocess.run(
+                command, timeout=deadline.seconds(), stdout=file, stderr=subprocess.STDOUT, check=False, **options
+            )
+            status = done.returncode
+        except subprocess.TimeoutExpired:
+            status = None
+        file.seek(0)
+        output = file.read()
+    lines = output.strip().splitlines()
+    summary = "time was up" if status is None else lines[-1] if lines else ""
+    seconds = round(time.monotonic() - start, 1)
+    return {"status": status, "seconds": seconds, "output": output[-20_000:], "summary": summary}
+
+
+def absent(what: str) -> dict[str, Any]:
+    return {"status": None, "seconds": 0.0, "output": "", "summary": f"{what} is not installed"}
 
 
 def run_tests(build: Path, deadline: Deadline, arguments: list[str], **environ: str) -> dict[str, Any]:
     """pytest in the folder of the build, where nothing but that build can be imported."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5", *arguments]
-    result = run(command, deadline, cwd=build, env={**environment(build), **environ})
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "--durations=5"]
+    if importlib.util.find_spec("xdist") is not None:
+        command += ["-n", str(WORKERS)]
+    result = run([*command, *arguments], deadline, cwd=build, env={**environment(build), **environ})
     summary = re.findall(r"^.*\b(?:passed|failed|error|skipped)\b.* in [\d.]+s.*$", result["output"], re.MULTILINE)
     result["summary"] = summary[-1].strip("= ") if summary else "no summary: see the output"
     return result
 
 
-def nvcc() -> str | None:
-    return shutil.which("nvcc") or next((p for p in ["/usr/local/cuda/bin/nvcc"] if Path(p).exists()), None)
+def program_of_toolkit(name: str) -> str | None:
+    return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
 
 
-def compute_sanitizer() -> str | None:
-    return shutil.which("compute-sanitizer") or next(
-        (p for p in ["/usr/local/cuda/bin/compute-sanitizer"] if Path(p).exists()), None
-    )
-
-
-def sanitize(build: Path, deadline: Deadline) -> dict[str, dict[str, Any]]:
-    """Each tool over a program without torch, and that program alone first."""
-    compiler = nvcc()
-    if compiler is None:
-        return {"compile": {"status": None, "seconds": 0.0, "output": "", "summary": "nvcc is not installed"}}
-    program = build.resolve() / "gpu_main"
+def compile_program(build: Path, program: Path, deadline: Deadline) -> dict[str, Any]:
+    """tests/gpu_main.cu with the kernels as the build compiled them."""
+    nvcc = program_of_toolkit("nvcc")
+    if nvcc is None:
+        return absent("nvcc")
     arch = f"sm_{capability().replace('.', '')}"
-    sources = [str(ROOT / "tests" / "gpu_main.cu"), *sorted(map(str, (ROOT / "csrc" / "cuda").glob("*.cu")))]
-    command = [compiler, "-std=c++20", "-O3", "-lineinfo", f"-arch={arch}", f"-I{ROOT / 'csrc'}", "--threads=0"]
-    results = {"compile": run([*command, *sources, "-o", str(program)], deadline)}
-    if results["compile"]["status"] == 0:
-        results["plain run"] = run([str(program)], deadline)
-        tool = compute_sanitizer()
-        for name in TOOLS if tool else ():
-            command = [str(tool), "--tool", name, "--error-exitcode", "9", str(program)]
-            results[name] = run(command, deadline, SECONDS_OF_A_TOOL)
-    for result in results.values():
-        lines = result["output"].strip().splitlines()
-        result["summary"] = "time was up" if result["status"] is None else lines[-1] if lines else ""
-    if compute_sanitizer() is None:
-        results["compute-sanitizer"] = {"status": None, "seconds": 0.0, "output": "", "summary": "not installed"}
-    return results
+    sources = [ROOT / "tests" / "gpu_main.cu"]
+    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+        compiled = objects(build) / "cuda" / f"{source.stem}.o"
+        sources.append(compiled if compiled.exists() else source)
+    command = [nvcc, "-std=c++20", "-O3", "-lineinfo", f"-arch={arch}", f"-I{ROOT / 'csrc'}"]
+    return run([*command, *map(str, sources), "-o", str(program)], deadline)
 
 
 def main() -> None:
@@ -111,30 +107,50 @@ def main() -> None:
     deadline = Deadline(args.minutes)
     results = Results(args.results, "gpu-check")
     checks: dict[str, dict[str, Any]] = {}
-    results.data["checks"] = checks
+    lock = threading.Lock()
 
-    def report(**new: dict[str, Any]) -> None:
-        checks.update(new)
-        for name, result in new.items():
+    def report(name: str, check: Callable[[], dict[str, Any]]) -> bool:
+        result = check()
+        with lock:
             print(f"{name}: {result['summary']} ({result['seconds']} s)", flush=True)
             if result["status"] != 0:
                 print(result["output"], flush=True)
-        rows = [
-            [name, RESULT.get(r["status"], "FAILED"), r["summary"].replace("|", "\\|"), f"{r['seconds']:.0f}"]
-            for name, r in checks.items()
-        ]
-        results.sections = [markdown_table(["check", "result", "last line", "seconds"], rows)]
-        results.write(TITLE)
+            checks[name] = result
+            results.data["checks"] = {name: checks[name] for name in CHECKS if name in checks}
+            rows = [
+                [name, RESULT.get(r["status"], "FAILED"), r["summary"].replace("|", "\\|"), f"{r['seconds']:.0f}"]
+                for name, r in results.data["checks"].items()
+            ]
+            results.sections = [markdown_table(["check", "result", "last line", "seconds"], rows)]
+            results.write(TITLE)
+        return result["status"] == 0
 
-    # The longest last, each before the next: a machine that is taken away has still told something.
     gpu_tests = ["tests/test_cuda.py"]
-    report(cuda=run_tests(args.build, deadline, gpu_tests, M2D_TEST_DEVICE="cuda"))
-    report(**sanitize(args.build, deadline))
     repeated = [*gpu_tests, "-k", "one_bit_pattern"]
-    repeats = run_tests(args.build, deadline, repeated, M2D_TEST_DEVICE="cuda", M2D_REPEATS=str(REPEATS))
-    report(repeats=repeats)
-    report(cpu=run_tests(args.build, deadline, ["tests/test_functional.py", "tests/test_ops.py"]))
-    raise SystemExit(0 if all(check["status"] == 0 for check in checks.values()) else 1)
+    cpu_tests = ["tests/test_functional.py", "tests/test_ops.py"]
+    tests = partial(run_tests, args.build, deadline)
+    program = args.build.resolve() / "gpu_main"
+    with ThreadPoolExecutor(max_workers=len(CHECKS)) as pool:
+
+        def start(name: str, check: Callable[..., dict[str, Any]], *arguments: Any, **options: Any) -> Future[bool]:
+            return pool.submit(report, name, partial(check, *arguments, **options))
+
+        started = [
+            start("cuda", tests, gpu_tests, M2D_TEST_DEVICE="cuda"),
+            start("repeats", tests, repeated, M2D_TEST_DEVICE="cuda", M2D_REPEATS=str(REPEATS)),
+            start("cpu", tests, cpu_tests),
+        ]
+        # The program needs no torch, and so do the tools over it.
+        if report("compile", partial(compile_program, args.build, program, deadline)):
+            started.append(start("plain run", run, [str(program)], deadline))
+            sanitizer = program_of_toolkit("compute-sanitizer")
+            if sanitizer is None:
+                started.append(start("compute-sanitizer", absent, "compute-sanitizer"))
+            else:
+                for tool in TOOLS:
+                    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", str(program)]
+                    started.append(start(tool, run, command, deadline))
+    raise SystemExit(0 if all(check.result() for check in started) and checks["compile"]["status"] == 0 else 1)
 
 
 if __name__ == "__main__":

@@ -59,14 +59,16 @@ namespace m2d {
 constexpr double kNormEps = 1e-12;  // torch.nn.functional.normalize's eps
 
 // 1 / max(|x|, eps) from |x|^2.
-M2D_INLINE double clamped_inverse_norm(double squared) {
-  const double norm = std::sqrt(squared);
-  return norm < kNormEps ? 1.0 / kNormEps : 1.0 / norm;
+template <class T>
+M2D_INLINE T clamped_inverse_norm(T squared) {
+  const T norm = std::sqrt(squared);
+  return norm < static_cast<T>(kNormEps) ? static_cast<T>(1.0 / kNormEps) : 1 / norm;
 }
 
-// The norm is clamped, and so has no gradient, exactly where its inverse is 1 / eps.
-M2D_INLINE bool is_clamped(double inverse_norm) {
-  return inverse_norm >= 1.0 / kNormEps;
+// The norm is clamped, and so has no gradient, exactly where its inverse is 1 / eps, as T has it.
+template <class T>
+M2D_INLINE bool is_clamped(T inverse_norm) {
+  return inverse_norm >= static_cast<T>(1.0 / kNormEps);
 }
 
 // exp(x) for x <= 0, branch-free so that a loop over it vectorises: 2^n exp(r), |r| <= ln(2) / 2, by the
@@ -105,13 +107,23 @@ M2D_INLINE double exp_nonpositive(double x) {
   return p * two_to_n;
 }
 
+// std::log1p(float) is not for the device.
+M2D_INLINE float log_one_plus(float x) {
+  return log1pf(x);
+}
+M2D_INLINE double log_one_plus(double x) {
+  return log1p(x);
+}
+
 // logsumexp_j Z_j - Z_t. `target` is exp(Z_t - max), `gap` is max - Z_t >= 0: two non-negative terms.
-M2D_INLINE double cross_entropy(double others, double target, double gap) {
-  return gap == 0.0 ? std::log1p(others) : std::log(others + target) + gap;
+template <class T>
+M2D_INLINE T cross_entropy(T others, T target, T gap) {
+  return gap == 0 ? log_one_plus(others) : std::log(others + target) + gap;
 }
 
 // KL(q || p) of one row = sum q (zt - z) - (lse_t - lse), z = E/tau of the student, zt of the teacher.
-M2D_INLINE double kl_divergence(double expected_gap, double teacher_lse, double student_lse) {
+template <class T>
+M2D_INLINE T kl_divergence(T expected_gap, T teacher_lse, T student_lse) {
   return expected_gap - (teacher_lse - student_lse);
 }
 

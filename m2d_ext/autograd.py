@@ -118,6 +118,13 @@ def _scatter_now(
     return _scatter(ctx, pooled_grad, grad_output, needed)
 
 
+def _detach_extras(ctx: Any, cells: Tensor, kl: Tensor) -> None:
+    """What is handed out beside the loss has no gradient, and none is made up for it: two launches on a GPU."""
+    ctx.mark_non_differentiable(cells, kl)
+    if not _is_traced():
+        ctx.set_materialize_grads(False)
+
+
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -142,12 +149,14 @@ class _Loss(torch.autograd.Function):
         ctx.coefficients, ctx.cu_seqlens = coefficients, cu_seqlens
         ctx.dtype, ctx.shape = states[0].dtype, states[0].shape
         ctx.deferred = deferred
-        ctx.mark_non_differentiable(cells, kl)
+        _detach_extras(ctx, cells, kl)
         return loss, cells, kl
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> Any:
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor) -> Any:
+        if grad_loss is None:
+            return (None,) * len(ctx.needs_input_grad)
         (pooled_grad,) = ctx.saved_tensors
         return (None, None, None, None, *_scatter_now(ctx, pooled_grad, grad_loss, ctx.needs_input_grad[4:]))
 
@@ -157,12 +166,14 @@ class _PooledLoss(torch.autograd.Function):
     def forward(ctx: Any, pooled: Tensor, candidates: Tensor | None, target_offset: int, grid: Grid) -> Any:
         loss, cells, kl, *grads = ops.pooled_loss(pooled, candidates, target_offset, grid, True)
         ctx.save_for_backward(*grads)
-        ctx.mark_non_differentiable(cells, kl)
+        _detach_extras(ctx, cells, kl)
         return loss, cells, kl
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> Any:
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor) -> Any:
+        if grad_loss is None:
+            return (None,) * len(ctx.needs_input_grad)
         needed = ctx.needs_input_grad[:2]
         grads = [grad_loss * grad if need else None for grad, need in zip(ctx.saved_tensors, needed, strict=True)]
         return (*grads, None, None)

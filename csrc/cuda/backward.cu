@@ -10,6 +10,7 @@ namespace {
 
 constexpr int kThreadsOfBlock = 256;
 constexpr int kTokensPerItem = 32;  // consecutive tokens of one text
+constexpr int kBatch = 4;           // tokens that a thread has on their way at a time
 constexpr int kMaxItemsPerText = 8;
 constexpr int kMaxBlocksOfGrid = 1 << 16;
 
@@ -22,20 +23,72 @@ struct ScatterArgs {
   int items_per_text;
 };
 
-// The tokens of item i: runs of kTokensPerItem, taken in turn by the items of the text.
-M2D_DEVICE int64_t first_token(const ScatterArgs& p, int64_t item) {
-  return item % p.items_per_text * kTokensPerItem;
-}
-M2D_DEVICE int64_t next_token(const ScatterArgs& p, int64_t token) {
-  const bool run_ends = (token + 1) % kTokensPerItem == 0;
-  return token + 1 + (run_ends ? (p.items_per_text - 1) * kTokensPerItem : 0);
+// What is added to the gradients of a text's tokens: in their layout.
+template <class Scalar>
+M2D_DEVICE const Scalar* incoming_tokens(const ScatterArgs& p, const Text<Scalar>& text, int layer,
+                                         int index) {
+  const DeviceTokens& tokens = p.tokens;
+  int b = 0;
+  while (index >= tokens.blocks[b].first_text + tokens.blocks[b].num_texts) ++b;
+  const int place = layer * tokens.num_blocks + b;
+  return static_cast<const Scalar*>(p.incoming[place]) +
+         (text.tokens - static_cast<Scalar*>(tokens.states[place]));
 }
 
-// One element, or one vector, of each token's row per thread.
+// Gradients of up to kBatch tokens in one thread's columns: a x, and what came in. A coefficient of 0 writes that
+// alone, whatever the row holds.
+template <class Scalar, bool kVectors, bool kAdd>
+M2D_DEVICE void scatter_tokens(const Text<Scalar>& text, const Scalar* added, int64_t first,
+                               int64_t end, int step, int column,
+                               const float (&x)[RowShares<Scalar, kVectors>::kCount]) {
+  constexpr int kCount = RowShares<Scalar, kVectors>::kCount;
+  float a[kBatch];
+  RowVector<Scalar> out[kVectors ? kBatch : 1];
+#pragma unroll
+  for (int i = 0; i < kBatch; ++i) {
+    const int64_t t = first + static_cast<int64_t>(i) * step;
+    if (t >= end) continue;
+    a[i] = text.coefficients[t];
+    if constexpr (kVectors && kAdd) {
+      out[i].bits =
+          load_streaming(reinterpret_cast<const uint4*>(added + t * text.token_stride + column));
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kBatch; ++i) {
+    const int64_t t = first + static_cast<int64_t>(i) * step;
+    if (t >= end) continue;
+    const int64_t place = t * text.token_stride + column;
+    if constexpr (kVectors) {
+#pragma unroll
+      for (int e = 0; e < kCount; ++e) {
+        const float before = kAdd ? to_float(out[i].elements[e]) : 0.0f;
+        out[i].elements[e] = from_float<Scalar>(a[i] == 0.0f ? before : before + a[i] * x[e]);
+      }
+      store_streaming(reinterpret_cast<uint4*>(text.tokens + place), out[i].bits);
+    } else {
+      const float before = kAdd ? to_float(added[place]) : 0.0f;
+      text.tokens[place] = from_float<Scalar>(a[i] == 0.0f ? before : before + a[i] * x[0]);
+    }
+  }
+}
+
+// x = g source, kWidth elements at a time.
+template <int kWidth, int kCount>
+M2D_DEVICE void load_scaled(const float* source, float g, float (&x)[kCount]) {
+#pragma unroll
+  for (int e = 0; e < kCount; e += kWidth) {
+    const auto part = *reinterpret_cast<const FloatVector<kWidth>*>(source + e);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) x[e + i] = g * part.x[i];
+  }
+}
+
+// A block per run of kTokensPerItem tokens of a text, the runs taken in turn by the items of the text.
 template <class Scalar, bool kVectors, bool kAdd>
 __global__ void __launch_bounds__(kThreadsOfBlock)
     scatter_kernel(const __grid_constant__ ScatterArgs p) {
-  constexpr int kCount = kVectors ? RowVector<Scalar>::kCount : 1;
+  constexpr int kCount = RowShares<Scalar, kVectors>::kCount;
   const DeviceTokens& tokens = p.tokens;
   const float g = p.grad_output == nullptr ? 1.0f : *p.grad_output;
   const int64_t texts = static_cast<int64_t>(tokens.num_layers) * tokens.num_texts;
@@ -47,36 +100,18 @@ __global__ void __launch_bounds__(kThreadsOfBlock)
     const float* row =
         p.pooled_grad +
         (static_cast<int64_t>(p.layers[layer]) * tokens.num_texts + index) * tokens.dim;
-    const Scalar* added = nullptr;
-    if constexpr (kAdd) {
-      int b = 0;
-      while (index >= tokens.blocks[b].first_text + tokens.blocks[b].num_texts) ++b;
-      const int place = layer * tokens.num_blocks + b;
-      added = static_cast<const Scalar*>(p.incoming[place]) +
-              (text.tokens - static_cast<Scalar*>(tokens.states[place]));
-    }
-    for (int d = threadIdx.x * kCount; d < tokens.dim; d += kThreadsOfBlock * kCount) {
+    const Scalar* added = kAdd ? incoming_tokens(p, text, layer, index) : nullptr;
+    for (int begin = 0; begin < tokens.dim; begin += kThreadsOfBlock * kCount) {
+      const RowShares<Scalar, kVectors> shares(tokens.dim, begin, kThreadsOfBlock);
+      const int step = shares.num_groups;
+      if (shares.group >= step) continue;
       float x[kCount];
-#pragma unroll
-      for (int e = 0; e < kCount; ++e) x[e] = g * row[d + e];
-      for (int64_t t = first_token(p, i); t < text.count; t = next_token(p, t)) {
-        // A coefficient of 0 writes 0, whatever the row holds.
-        const float a = text.coefficients[t];
-        const int64_t place = t * text.token_stride + d;
-        if constexpr (kVectors) {
-          RowVector<Scalar> out;
-          if constexpr (kAdd)
-            out.bits = load_streaming(reinterpret_cast<const uint4*>(added + place));
-#pragma unroll
-          for (int e = 0; e < kCount; ++e) {
-            const float before = kAdd ? to_float(out.elements[e]) : 0.0f;
-            out.elements[e] = from_float<Scalar>(a == 0.0f ? before : before + a * x[e]);
-          }
-          store_streaming(reinterpret_cast<uint4*>(text.tokens + place), out.bits);
-        } else {
-          const float before = kAdd ? to_float(added[place]) : 0.0f;
-          text.tokens[place] = from_float<Scalar>(a == 0.0f ? before : before + a * x[0]);
-        }
+      load_scaled<kVectors ? 4 : 1>(row + shares.column, g, x);
+      for (int64_t run = i % p.items_per_text * kTokensPerItem; run < text.count;
+           run += static_cast<int64_t>(p.items_per_text) * kTokensPerItem) {
+        const int64_t end = run + kTokensPerItem < text.count ? run + kTokensPerItem : text.count;
+        for (int64_t t = run + shares.group; t < end; t += kBatch * step)
+          scatter_tokens<Scalar, kVectors, kAdd>(text, added, t, end, step, shares.column, x);
       }
     }
   }
@@ -136,7 +171,8 @@ cudaError_t launch_scatter(const PoolParams& params, const ScatterArgs& args, bo
 template <bool kAdd>
 cudaError_t launch_scatter(const PoolParams& params, StateType type, const ScatterArgs& args,
                            cudaStream_t stream) {
-  bool vectors = rows_are_vectors(params, type == StateType::kFloat ? 4 : 2);
+  bool vectors = rows_are_vectors(params, type == StateType::kFloat ? 4 : 2) &&
+                 reinterpret_cast<uintptr_t>(args.pooled_grad) % 16 == 0;
   if (kAdd) {
     for (int64_t i = 0; i < params.num_layers * params.num_blocks; ++i)
       vectors = vectors && reinterpret_cast<uintptr_t>(args.incoming[i]) % 16 == 0;

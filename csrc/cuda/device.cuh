@@ -82,15 +82,53 @@ cudaError_t cooperative_grid(Kernel kernel, int threads, int* blocks) {
 }
 #endif
 
-M2D_DEVICE void grid_sync(
+// All threads of a cooperative grid. One function for all calls: where it is inlined it holds registers in between.
 #ifdef M2D_EMULATE
-    SIMT_SITE_DEF) {
+M2D_DEVICE void grid_sync(SIMT_SITE_DEF) {
   simt::grid_barrier(SIMT_SITE);
+}
 #else
-) {
+[[maybe_unused]] static __device__ __noinline__ void grid_sync() {
   cooperative_groups::this_grid().sync();
+}
+#endif
+
+// threadIdx.x where it is asked for: what follows from it is not kept in registers through the stages before.
+M2D_DEVICE int thread_index() {
+#ifdef M2D_EMULATE
+  return static_cast<int>(threadIdx.x);
+#else
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;\n" : "=r"(index));
+  return index;
 #endif
 }
+
+// gridDim.x, likewise.
+M2D_DEVICE int block_count() {
+#ifdef M2D_EMULATE
+  return static_cast<int>(gridDim.x);
+#else
+  int count;
+  asm volatile("mov.u32 %0, %%nctaid.x;\n" : "=r"(count));
+  return count;
+#endif
+}
+
+// x y, rounded: never one with the sum that it goes into, as the compiler fuses them where it can.
+#ifdef M2D_EMULATE
+template <class Real>
+M2D_DEVICE Real rounded_product(Real x, Real y) {
+  return x * y;
+}
+#else
+M2D_DEVICE float rounded_product(float x, float y) {
+  return __fmul_rn(x, y);
+}
+M2D_DEVICE double rounded_product(double x, double y) {
+  return __dmul_rn(x, y);
+}
+#endif
 
 // The 19 bits of a float that the tensor cores read as tf32, rounded to nearest.
 M2D_DEVICE uint32_t to_tf32(float x) {

@@ -9,17 +9,11 @@ namespace {
 
 constexpr int kMaxBlocksOfGrid = 1 << 16;
 
-// A block per text of each layer.
 template <class Scalar, bool kVectors>
 __global__ void __launch_bounds__(kPoolThreads)
     pool_kernel(const __grid_constant__ DeviceTokens tokens, float* pooled) {
   M2D_SHARED(float, scratch, [kPoolScratch]);
-  const int64_t items = static_cast<int64_t>(tokens.num_layers) * tokens.num_texts;
-  for (int64_t i = blockIdx.x; i < items; i += gridDim.x) {
-    pool_text<Scalar, kVectors>(tokens, static_cast<int>(i / tokens.num_texts),
-                                static_cast<int>(i % tokens.num_texts), scratch,
-                                pooled + i * tokens.dim);
-  }
+  pool_rows<Scalar, kVectors>(tokens, scratch, pooled);
 }
 
 // A thread per column: the maximum over tokens whose coefficient is not 0, NaN the largest, the first of equals.

@@ -24,6 +24,30 @@ struct RowSet {
   int count;
 };
 
+// What a row's KL leaves to its gradient.
+template <class Real>
+struct alignas(4 * sizeof(Real)) KlRow {
+  Real kl;
+  Real teacher_lse;  // log sum exp of the teacher's z
+  Real lse_gap;      // log sum exp of its own z, less that
+  Real along;        // <u, d(weighted KL)/dE>, where E is normalised
+};
+
+// An anchor in one cell, once its normaliser is known.
+template <class Real>
+struct alignas(4 * sizeof(Real)) AnchorCell {
+  Real max;            // max_j Z_j
+  Real coefficient;    // G_j = coefficient exp(Z_j - max), but for the target:
+  Real others;         // G_t = -coefficient others
+  Real cross_entropy;  // of this anchor
+};
+
+// What a row's cells leave to its norm terms: the sums of G gamma i, over the other side's gamma and i, and of G C.
+template <class Real>
+struct alignas(2 * sizeof(Real)) RowSums {
+  Real weighted, cosines;
+};
+
 struct GridShape {
   int num_layers, num_texts, num_anchors, num_candidates, dim, num_dims, target_offset;
   int dims[kMaxDims];
@@ -55,63 +79,167 @@ M2D_DEVICE int64_t prefix_of(const GridShape& s, const RowSet<Real>& set, int la
   return (static_cast<int64_t>(layer) * s.num_dims + k) * set.count + r;
 }
 
-// Norms of row r, by one warp; every lane gets 1 / max(|P|, eps).
-template <class Real>
-M2D_DEVICE Real compute_norms(const GridShape& s, const RowSet<Real>& set, int layer, int r) {
-  const int lane = threadIdx.x % 32;
-  const float* x = set.pooled + row_of(set, layer, r) * s.dim;
-  Real squared = 0;
-  Real full = 0;
-  // Twice: the first round finds |P|, by which the prefixes of the second are measured.
-  for (int round = 0; round < 2; ++round) {
-    squared = 0;
-    for (int k = 0; k <= s.num_dims; ++k) {
-      const int end = k < s.num_dims ? s.dims[k] : s.dim;
-      Real sum = 0;
-      for (int d = s.chunk_begin(k) + lane; d < end; d += 32) {
-        const Real value = static_cast<Real>(x[d]);
-        sum += value * value;
-      }
-      squared += warp_sum(sum);
-      if (round == 0 || k == s.num_dims || lane != 0) continue;
-      const double factor = s.normalize ? static_cast<double>(full) : 1.0;
-      const double inverse = clamped_inverse_norm(static_cast<double>(squared) * factor * factor);
-      const double relative = inverse * factor / static_cast<double>(full);
-      const int64_t place = prefix_of(s, set, layer, k, r);
-      set.prefix[place] = static_cast<Real>(relative);
-      set.prefix_squared[place] =
-          is_clamped(inverse) ? Real(0) : static_cast<Real>(relative * relative);
-    }
-    if (round == 0) full = static_cast<Real>(clamped_inverse_norm(static_cast<double>(squared)));
+// What a lane holds of a row at a time: elements begin + lane, begin + lane + 32, ... of it, all on their way together.
+constexpr int kRowBatch = 8;
+constexpr int kRowPanel = 32 * kRowBatch;
+
+template <int kCount = kRowBatch>
+struct RowPanel {
+  float x[kCount];
+
+  M2D_DEVICE static int column(int begin, int i) {
+    return begin + 32 * i + static_cast<int>(threadIdx.x) % 32;
   }
-  if (lane == 0) set.full[row_of(set, layer, r)] = full;
-  return full;
+  M2D_DEVICE void load(const float* row, int begin, int width) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int d = column(begin, i);
+      x[i] = d < width ? row[d] : 0.0f;
+    }
+  }
+};
+
+// The sum of term(i) over the panel's elements within chunk k, the last of which is what no prefix covers. Every lane
+// gets it.
+template <class Real, class Term>
+M2D_DEVICE Real chunk_sum(const GridShape& s, int k, int begin, const Term& term) {
+  const int first = s.chunk_begin(k);
+  const int end = k < s.num_dims ? s.dims[k] : s.dim;
+  Real sum = 0;
+#pragma unroll
+  for (int i = 0; i < kRowBatch; ++i) {
+    const int d = RowPanel<>::column(begin, i);
+    if (d >= first && d < end) sum += term(i);
+  }
+  return warp_sum(sum);
 }
 
-// <c, u> of every prefix, gamma, and delta of row r, by one warp. delta may lie where P was.
+// Whether chunk k has elements in the panel that starts at `begin`.
+M2D_DEVICE bool meets_panel(const GridShape& s, int k, int begin) {
+  const int end = k < s.num_dims ? s.dims[k] : s.dim;
+  return s.chunk_begin(k) < begin + kRowPanel && end > begin;
+}
+
+// Norms of row r, by one warp. Lane k holds what belongs to chunk k until all are known.
+template <class Real>
+M2D_DEVICE void compute_norms(const GridShape& s, const RowSet<Real>& set, int layer, int r) {
+  static_assert(kMaxDims < 32);
+  const int lane = threadIdx.x % 32;
+  const float* row = set.pooled + row_of(set, layer, r) * s.dim;
+  Real chunk = 0;
+  for (int begin = 0; begin < s.dim; begin += kRowPanel) {
+    RowPanel<> panel;
+    panel.load(row, begin, s.dim);
+#pragma unroll 1
+    for (int k = 0; k <= s.num_dims; ++k) {
+      if (!meets_panel(s, k, begin)) continue;
+      const Real sum = chunk_sum<Real>(s, k, begin, [&](int i) {
+        const Real x = static_cast<Real>(panel.x[i]);
+        return x * x;
+      });
+      if (lane == k) chunk += sum;
+    }
+  }
+  Real squared = 0;
+  Real prefix = 0;
+  for (int k = 0; k <= s.num_dims; ++k) {
+    squared += __shfl_sync(kAllLanes, chunk, k);
+    if (lane == k) prefix = squared;
+  }
+  const Real full = clamped_inverse_norm(squared);
+  if (lane == 0) set.full[row_of(set, layer, r)] = full;
+  if (lane >= s.num_dims) return;
+  // Measured by |P|, so that nothing over- or underflows.
+  const Real factor = s.normalize ? full : Real(1);
+  const Real inverse = clamped_inverse_norm(prefix * factor * factor);
+  const Real relative = inverse * factor / full;
+  const int64_t place = prefix_of(s, set, layer, lane, r);
+  set.prefix[place] = relative;
+  set.prefix_squared[place] = is_clamped(inverse) ? Real(0) : relative * relative;
+}
+
+// The text whose unit row is sample i of the layer's center, or -1: with fewer texts than samples, some are of no text.
+M2D_DEVICE int sample_text(const GridShape& s, int i) {
+  const int64_t texts = s.num_texts;
+  const int64_t text = i * texts / kCenterSamples;
+  return (text * kCenterSamples + texts - 1) / texts == i ? static_cast<int>(text) : -1;
+}
+
+// Element d of the layer's center: the mean of its samples but for those without direction.
+template <class Real>
+M2D_DEVICE float center_element(const GridShape& s, const RowSet<Real>& pooled, int layer, int d) {
+  Real sum = 0;
+  float counted = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kCenterSamples; ++i) {
+    const int text = sample_text(s, i);
+    if (text < 0) continue;
+    const int64_t row = row_of(pooled, layer, text);
+    const Real full = pooled.full[row];
+    if (is_clamped(full)) continue;
+    counted += 1.0f;
+    sum += full * static_cast<Real>(pooled.pooled[row * s.dim + d]);
+  }
+  return counted > 0.0f ? static_cast<float>(sum / static_cast<Real>(counted)) : 0.0f;
+}
+
+// <c, u> of every prefix, gamma, and delta of row r, by one warp; text 0 also leaves |c|^2 of every prefix. delta may lie
+// where P was.
 template <class Real>
 M2D_DEVICE void center_row(const GridShape& s, const RowSet<Real>& set, const float* center,
-                           const Real* center_squared, int layer, int r) {
+                           Real* center_squared, int layer, int r) {
   const int lane = threadIdx.x % 32;
   const int64_t row = row_of(set, layer, r);
-  const float* x = set.pooled + row * s.dim;
+  const float* pooled = set.pooled + row * s.dim;
   const Real full = set.full[row];
-  Real along = 0;
-  Real gamma = 1;
-  for (int k = 0; k < s.num_dims; ++k) {
-    Real sum = 0;
-    for (int d = s.chunk_begin(k) + lane; d < s.dims[k]; d += 32)
-      sum += static_cast<Real>(center[d]) * static_cast<Real>(x[d]);
-    along += full * warp_sum(sum);
-    if (lane == 0) set.along[prefix_of(s, set, layer, k, r)] = along;
-    if (!(2 * along >= center_squared[k]) && k < s.used_dims[layer]) gamma = 0;
+  Real along_chunk = 0;
+  Real squared_chunk = 0;
+  for (int begin = 0; begin < s.dim; begin += kRowPanel) {
+    RowPanel<> x, c;
+    x.load(pooled, begin, s.dim);
+    c.load(center, begin, s.dim);
+#pragma unroll 1
+    for (int k = 0; k < s.num_dims; ++k) {
+      if (!meets_panel(s, k, begin)) continue;
+      const Real along = chunk_sum<Real>(s, k, begin, [&](int i) {
+        return static_cast<Real>(c.x[i]) * static_cast<Real>(x.x[i]);
+      });
+      const Real squared = chunk_sum<Real>(s, k, begin, [&](int i) {
+        return static_cast<Real>(c.x[i]) * static_cast<Real>(c.x[i]);
+      });
+      if (lane == k) along_chunk += along;
+      if (lane == k) squared_chunk += squared;
+    }
   }
-  __syncwarp();  // other lanes have read what this one overwrites
-  float* delta = set.delta + row * s.dim;
-  for (int d = lane; d < s.dim; d += 32)
-    delta[d] =
-        static_cast<float>(full * static_cast<Real>(x[d]) - gamma * static_cast<Real>(center[d]));
+  Real along = 0, squared = 0;
+  Real my_along = 0, my_squared = 0;
+  for (int k = 0; k < s.num_dims; ++k) {
+    along += full * __shfl_sync(kAllLanes, along_chunk, k);
+    squared += __shfl_sync(kAllLanes, squared_chunk, k);
+    if (lane == k) my_along = along;
+    if (lane == k) my_squared = squared;
+  }
+  const bool longer = lane < s.used_dims[layer] && !(2 * my_along >= my_squared);
+  const Real gamma = __any_sync(kAllLanes, longer) ? Real(0) : Real(1);
+  if (lane < s.num_dims) {
+    set.along[prefix_of(s, set, layer, lane, r)] = my_along;
+    if (center_squared != nullptr) center_squared[lane] = my_squared;
+  }
   if (lane == 0) set.gamma[row] = static_cast<float>(gamma);
+  float* delta = set.delta + row * s.dim;
+  for (int begin = 0; begin < s.dim; begin += kRowPanel) {
+    RowPanel<> x, c;
+    x.load(pooled, begin, s.dim);
+    c.load(center, begin, s.dim);
+#pragma unroll
+    for (int i = 0; i < kRowBatch; ++i) {
+      const int d = RowPanel<>::column(begin, i);
+      if (d < s.dim) {
+        delta[d] = static_cast<float>(full * static_cast<Real>(x.x[i]) -
+                                      gamma * static_cast<Real>(c.x[i]));
+      }
+    }
+  }
 }
 
 // An element of E, from delta.

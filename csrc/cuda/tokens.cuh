@@ -117,94 +117,198 @@ M2D_DEVICE Text<Scalar> find_text(const DeviceTokens& tokens, int layer, int tex
           end - begin};
 }
 
-constexpr int kPoolWarps = 8;
-constexpr int kPoolThreads = 32 * kPoolWarps;
-constexpr int kLoads = 4;  // of one lane and token: 16 bytes, or one element
-constexpr int kPoolScratch =
-    kPoolWarps * 32 * kLoads * 8;  // floats of shared memory; 8: half types in 16 bytes
-
-// A panel of one token's columns, as a warp holds it.
+// How the threads of a block share rows of `dim` elements: a thread owns one vector of the row, or one element, and
+// every num_groups-th token.
 template <class Scalar, bool kVectors>
-struct PanelRow {
-  static constexpr int kCount = kVectors ? RowVector<Scalar>::kCount : 1;
-  static constexpr int kSums = kLoads * kCount;  // columns of one lane
-  static constexpr int kColumns = 32 * kSums;
-  RowVector<Scalar> vectors[kVectors ? kLoads : 1];
-  Scalar scalars[kVectors ? 1 : kLoads];
+struct RowShares {
+  static constexpr int kCount = kVectors ? RowVector<Scalar>::kCount : 1;  // elements of a thread
+  int width, num_groups;  // threads to a row, tokens at a time
+  int group, column;      // of this thread; from group num_groups on, it has none
 
-  // Column of element e of load q.
-  M2D_DEVICE static int column(int q, int e) {
-    return (static_cast<int>(threadIdx.x) % 32 + 32 * q) * kCount + e;
-  }
-
-  M2D_DEVICE void load(const Scalar* row, int width) {
-#pragma unroll
-    for (int q = 0; q < kLoads; ++q) {
-      if (column(q, 0) >= width) continue;
-      if constexpr (kVectors) {
-        vectors[q].bits = load_streaming(reinterpret_cast<const uint4*>(row + column(q, 0)));
-      } else {
-        scalars[q] = row[column(q, 0)];
-      }
-    }
-  }
-
-  M2D_DEVICE void add_to(float* sums, float a, int width) const {
-#pragma unroll
-    for (int q = 0; q < kLoads; ++q) {
-      if (column(q, 0) >= width) continue;
-#pragma unroll
-      for (int e = 0; e < kCount; ++e) {
-        const Scalar x = [&] {
-          if constexpr (kVectors)
-            return vectors[q].elements[e];
-          else
-            return scalars[q];
-        }();
-        sums[q * kCount + e] += a * to_float(x);
-      }
-    }
+  // Of the columns from `begin` on, as many as there are threads.
+  M2D_DEVICE RowShares(int dim, int begin, int threads) {
+    const int left = (dim - begin) / kCount;
+    width = left < threads ? left : threads;
+    num_groups = threads / width;
+    group = static_cast<int>(threadIdx.x) / width;
+    column = begin + static_cast<int>(threadIdx.x) % width * kCount;
   }
 };
 
-// out (D) = sum_t a[t] H[t], by all 256 threads of the block: a warp per token, then the warps' sums in order.
-// Tokens of coefficient 0 are not read. Ends with `out` visible to the block.
-template <class Scalar, bool kVectors>
-M2D_DEVICE void pool_text(const DeviceTokens& tokens, int layer, int index, float* scratch,
-                          float* out) {
-  using Row = PanelRow<Scalar, kVectors>;
-  const Text<Scalar> text = find_text<Scalar>(tokens, layer, index);
-  const int warp = threadIdx.x / 32;
-  for (int begin = 0; begin < tokens.dim; begin += Row::kColumns) {
-    const int width = tokens.dim - begin < Row::kColumns ? tokens.dim - begin : Row::kColumns;
-    float sums[Row::kSums];
-#pragma unroll
-    for (int i = 0; i < Row::kSums; ++i) sums[i] = 0.0f;
-    // Two tokens at a time: both are on their way before the first is needed.
-    for (int64_t t = warp; t < text.count; t += 2 * kPoolWarps) {
-      const int64_t next = t + kPoolWarps;
-      const float a0 = text.coefficients[t];
-      const float a1 = next < text.count ? text.coefficients[next] : 0.0f;
-      Row row0, row1;
-      if (a0 != 0.0f) row0.load(text.tokens + t * text.token_stride + begin, width);
-      if (a1 != 0.0f) row1.load(text.tokens + next * text.token_stride + begin, width);
-      if (a0 != 0.0f) row0.add_to(sums, a0, width);
-      if (a1 != 0.0f) row1.add_to(sums, a1, width);
-    }
-#pragma unroll
-    for (int i = 0; i < Row::kSums; ++i) {
-      const int column = Row::column(i / Row::kCount, i % Row::kCount);
-      if (column < width) scratch[warp * Row::kColumns + column] = sums[i];
-    }
-    __syncthreads();
-    for (int column = threadIdx.x; column < width; column += kPoolThreads) {
-      float sum = scratch[column];
-#pragma unroll
-      for (int w = 1; w < kPoolWarps; ++w) sum += scratch[w * Row::kColumns + column];
-      out[begin + column] = sum;
-    }
-    __syncthreads();
+template <int kCount>
+struct alignas(4 * kCount) FloatVector {
+  float x[kCount];
+};
+
+constexpr int kPoolThreads = 256;
+// Steps of a lap: so many vectors of each thread are on their way at any time.
+constexpr int kPoolSteps = 8;
+// Floats of shared memory: those vectors, and a sum per column.
+constexpr int kPoolScratch = kPoolThreads * kPoolSteps * 4 + kPoolThreads * 8;
+
+// Some tokens of a row: in each step, every group of threads takes one. A row is so many laps long.
+template <class Scalar>
+struct PoolLap {
+  using Shares = RowShares<Scalar, true>;
+  int row, begin;             // of all layers' rows; first column
+  int lap, laps;              // of the row's panel of columns
+  const Scalar* source;       // this thread's vector of its first token
+  const float* coefficients;  // from its first token on
+  int64_t left;               // tokens from there to the end; none for a thread without a group
+  int64_t source_step, tokens_of_lap;  // elements from one step to the next; tokens of all groups
+  int step;                            // tokens from one step to the next
+
+  M2D_DEVICE void start(const DeviceTokens& tokens) {
+    if (row >= tokens.num_layers * tokens.num_texts) return;
+    const Text<Scalar> text =
+        find_text<Scalar>(tokens, row / tokens.num_texts, row % tokens.num_texts);
+    const Shares shares(tokens.dim, begin, kPoolThreads);
+    step = shares.num_groups;
+    lap = 0;
+    laps = (static_cast<int>(text.count) + step * kPoolSteps - 1) / (step * kPoolSteps);
+    source_step = step * text.token_stride;
+    source = text.tokens + shares.group * text.token_stride + shares.column;
+    coefficients = text.coefficients + shares.group;
+    left = shares.group < step ? static_cast<int>(text.count) - shares.group : 0;
   }
+
+  M2D_DEVICE bool is_last() const { return lap + 1 >= laps; }
+
+  M2D_DEVICE PoolLap next(const DeviceTokens& tokens) const {
+    PoolLap result = *this;
+    if (!is_last()) {
+      ++result.lap;
+      result.source += source_step * kPoolSteps;
+      result.coefficients += step * kPoolSteps;
+      result.left -= step * kPoolSteps;
+      return result;
+    }
+    result.begin += kPoolThreads * Shares::kCount;
+    if (result.begin >= tokens.dim) {
+      result.begin = 0;
+      result.row += block_count();
+    }
+    result.start(tokens);
+    return result;
+  }
+
+  // 0 where there is no token.
+  M2D_DEVICE float coefficient(int i, int rows) const {
+    return row < rows && i * step < left ? coefficients[i * step] : 0.0f;
+  }
+};
+
+// The groups' sums of one panel of a row, in order, to where P is.
+template <class Scalar>
+M2D_DEVICE void store_row(const DeviceTokens& tokens, int row, int begin, const float* sums,
+                          float* scratch, float* out) {
+  using Shares = RowShares<Scalar, true>;
+  const Shares shares(tokens.dim, begin, kPoolThreads);
+  const int thread = thread_index();
+#pragma unroll
+  for (int e = 0; e < Shares::kCount; e += 4) {
+    *reinterpret_cast<FloatVector<4>*>(scratch + thread * Shares::kCount +
+                                       e) = {{sums[e], sums[e + 1], sums[e + 2], sums[e + 3]}};
+  }
+  __syncthreads();
+  const int columns = shares.width * Shares::kCount;
+  for (int i = 4 * thread; i < columns; i += 4 * kPoolThreads) {
+    auto sum = *reinterpret_cast<const FloatVector<4>*>(scratch + i);
+    for (int g = 1; g < shares.num_groups; ++g) {
+      const auto other = *reinterpret_cast<const FloatVector<4>*>(scratch + g * columns + i);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sum.x[e] += other.x[e];
+    }
+    *reinterpret_cast<FloatVector<4>*>(out + static_cast<int64_t>(row) * tokens.dim + begin + i) =
+        sum;
+  }
+  __syncthreads();
+}
+
+// P = sum_t a[t] H[t] of rows blockIdx.x, blockIdx.x + gridDim.x, ... of all layers (L N, D), by the kPoolThreads
+// threads of a block. The tokens stream through shared memory, without a pause from one row to the next: while a lap is
+// summed, the vectors of the next are on their way, and so are the coefficients of the one after. Each thread reads what
+// it has copied itself, so that nobody waits for others before the end of a row. Tokens of coefficient 0 are not read.
+template <class Scalar>
+M2D_DEVICE void stream_rows(const DeviceTokens& tokens, float* scratch, float* out) {
+  constexpr int kCount = RowShares<Scalar, true>::kCount;
+  const int rows = tokens.num_layers * tokens.num_texts;
+  RowVector<Scalar>* slots = reinterpret_cast<RowVector<Scalar>*>(scratch) + thread_index();
+  float* row_scratch = scratch + kPoolThreads * kPoolSteps * 4;
+  PoolLap<Scalar> current{};
+  current.row = static_cast<int>(blockIdx.x);
+  current.start(tokens);
+  float a[kPoolSteps], next_a[kPoolSteps];
+#pragma unroll
+  for (int i = 0; i < kPoolSteps; ++i) a[i] = current.coefficient(i, rows);
+#pragma unroll
+  for (int i = 0; i < kPoolSteps; ++i) {
+    if (a[i] != 0.0f)
+      copy_async<16>(slots + i * kPoolThreads, current.source + i * current.source_step, 16);
+    commit_copies();
+  }
+  PoolLap<Scalar> next = current.row < rows ? current.next(tokens) : current;
+#pragma unroll
+  for (int i = 0; i < kPoolSteps; ++i) next_a[i] = next.coefficient(i, rows);
+  float sums[kCount] = {};
+#pragma unroll 1
+  while (current.row < rows) {
+    const PoolLap<Scalar> after = next.row < rows ? next.next(tokens) : next;
+    const Scalar* source = next.source;
+#pragma unroll
+    for (int i = 0; i < kPoolSteps; ++i) {
+      wait_copies<kPoolSteps - 1>();
+      RowVector<Scalar>* slot = slots + i * kPoolThreads;
+      if (a[i] != 0.0f) {
+        const RowVector<Scalar> x = *slot;
+#pragma unroll
+        for (int e = 0; e < kCount; ++e) sums[e] += a[i] * to_float(x.elements[e]);
+      }
+      a[i] = next_a[i];
+      if (a[i] != 0.0f) copy_async<16>(slot, source, 16);
+      commit_copies();
+      source += next.source_step;
+      next_a[i] = after.coefficient(i, rows);
+    }
+    if (current.is_last()) {
+      store_row<Scalar>(tokens, current.row, current.begin, sums, row_scratch, out);
+#pragma unroll
+      for (int e = 0; e < kCount; ++e) sums[e] = 0.0f;
+    }
+    current = next;
+    next = after;
+  }
+  wait_copies<0>();
+}
+
+// The same where rows are not whole vectors: a thread per column.
+template <class Scalar>
+M2D_DEVICE void sum_rows(const DeviceTokens& tokens, float* out) {
+  const int rows = tokens.num_layers * tokens.num_texts;
+  for (int row = blockIdx.x; row < rows; row += block_count()) {
+    const Text<Scalar> text =
+        find_text<Scalar>(tokens, row / tokens.num_texts, row % tokens.num_texts);
+    for (int d = thread_index(); d < tokens.dim; d += kPoolThreads) {
+      float sum = 0.0f;
+#pragma unroll 4
+      for (int64_t t = 0; t < text.count; ++t) {
+        const float a = text.coefficients[t];
+        if (a != 0.0f) sum += a * to_float(text.tokens[t * text.token_stride + d]);
+      }
+      out[static_cast<int64_t>(row) * tokens.dim + d] = sum;
+    }
+  }
+}
+
+// Ends with the rows visible to the block.
+template <class Scalar, bool kVectors>
+M2D_DEVICE void pool_rows(const DeviceTokens& tokens, float* scratch, float* out) {
+  if constexpr (kVectors) {
+    stream_rows<Scalar>(tokens, scratch, out);
+  } else {
+    sum_rows<Scalar>(tokens, out);
+  }
+  __syncthreads();
 }
 
 }  // namespace m2d::cuda

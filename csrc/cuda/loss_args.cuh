@@ -1,0 +1,108 @@
+// What the stages of the loss kernel share: the problem by value, and where they leave their results to each other.
+#pragma once
+
+#include "rows.cuh"
+#include "tile_product.cuh"
+#include "tokens.cuh"
+
+namespace m2d::cuda {
+
+template <class Real>
+struct LossArgs {
+  DeviceTokens tokens;
+  bool row_vectors;  // of the tokens
+  GridShape shape;
+  RowSet<Real> pooled, gathered;
+  float* centers;        // (L, D)
+  Real* center_squared;  // (L, K), |c_k|^2
+  KlRow<Real>* kl_rows;  // (L, N)
+  int num_active;        // layers with cells
+  int16_t active[kMaxLayers];
+  int wave_layers, wave_anchors;
+  float* x;          // (wave_layers, K, wave_anchors, x_stride): products of the chunks, then X
+  int64_t x_stride;  // a multiple of 4
+  AnchorCell<Real>* anchor_cells;  // (L, K, B)
+  RowSums<Real>* anchor_sums;      // (L, K, B)
+  RowSums<Real>* candidate_sums;   // (L, K, M)
+  Real* cell_means;                // (L, K)
+  Real* kl_means;                  // (L,)
+  float* cells;                    // outputs
+  float* kl;
+  float* loss;
+};
+
+// The layers and anchors whose X are in the workspace at a time.
+struct Wave {
+  int first_layer, num_layers;  // places in LossArgs::active; none: there is no such wave
+  int first, num_anchors;
+  bool is_last;  // of these layers
+};
+
+template <class Real>
+M2D_DEVICE const RowSet<Real>& candidate_rows(const LossArgs<Real>& p) {
+  return p.shape.gathered ? p.gathered : p.pooled;
+}
+template <class Real>
+M2D_DEVICE int first_candidate(const LossArgs<Real>& p) {
+  return p.shape.gathered ? 0 : p.shape.num_anchors;
+}
+template <class Real>
+M2D_DEVICE float* x_row(const LossArgs<Real>& p, int w, int k, int i) {
+  return p.x + ((static_cast<int64_t>(w) * p.shape.num_dims + k) * p.wave_anchors + i) * p.x_stride;
+}
+M2D_DEVICE int64_t anchor_cell_of(const GridShape& s, int layer, int k, int anchor) {
+  return (static_cast<int64_t>(layer) * s.num_dims + k) * s.num_anchors + anchor;
+}
+M2D_DEVICE int64_t candidate_cell_of(const GridShape& s, int layer, int k, int candidate) {
+  return (static_cast<int64_t>(layer) * s.num_dims + k) * s.num_candidates + candidate;
+}
+M2D_DEVICE int min_of(int a, int b) {
+  return a < b ? a : b;
+}
+M2D_DEVICE int ceil_div(int a, int b) {
+  return (a + b - 1) / b;
+}
+
+template <class Real>
+M2D_DEVICE Wave make_wave(const LossArgs<Real>& p, int first_layer, int first) {
+  const int num_anchors = min_of(p.wave_anchors, p.shape.num_anchors - first);
+  return {first_layer, min_of(p.wave_layers, p.num_active - first_layer), first, num_anchors,
+          first + num_anchors == p.shape.num_anchors};
+}
+template <class Real>
+M2D_DEVICE Wave next_wave(const LossArgs<Real>& p, const Wave& wave) {
+  return wave.is_last ? make_wave(p, wave.first_layer + wave.num_layers, 0)
+                      : make_wave(p, wave.first_layer, wave.first + wave.num_anchors);
+}
+
+// body(i) for the i < count of this warp, of all warps of the grid. Counts are of rows, cells or tiles: fits() keeps
+// them within 32 bits.
+template <class Body>
+M2D_DEVICE void for_each_by_warp(int count, const Body& body) {
+  const int blocks = block_count();
+  for (int i = thread_index() / 32 * blocks + static_cast<int>(blockIdx.x); i < count;
+       i += kWarps * blocks)
+    body(i);
+}
+
+// body(layer, row) for the rows of this warp. Row i of all is one of block i % gridDim.x.
+template <class Real, class Body>
+M2D_DEVICE void for_each_row(const LossArgs<Real>& p, const RowSet<Real>& set, const Body& body) {
+  for_each_by_warp(p.shape.num_layers * set.count,
+                   [&](int i) { body(i / set.count, i % set.count); });
+}
+
+// The mean of value(0..n), by one warp.
+template <class Real, class Value>
+M2D_DEVICE Real warp_mean(int n, const Value& value) {
+  Real sum = 0;
+  for (int i = threadIdx.x % 32; i < n; i += 32) sum += value(i);
+  return warp_sum(sum) / static_cast<Real>(n);
+}
+
+template <class Real>
+M2D_DEVICE Real exponential(Real s, Real max) {
+  return static_cast<Real>(expf(static_cast<float>(s - max)));
+}
+
+}  // namespace m2d::cuda
