@@ -39,6 +39,7 @@ PADDING = 0.25
 DTYPES = ("bfloat16", "float32")
 # What a part measures, each in a process of its own.
 PARTS = {"s1": DTYPES, "s2": DTYPES, "s3": DTYPES, "pooled": ("bfloat16",), "step": tuple(gpu_step.ENCODERS)}
+COMPILE_SECONDS = 25.0  # a mode is not begun with less
 COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
 KERNELS = "ours, ready coefficients"  # less the few launches that turn the mask into coefficients
 # How far a provider's loss may be from ours: half types round differently.
@@ -301,7 +302,7 @@ def measure_loss(part: str, dtype: str, deadline: float, write: Callable[[dict[s
     measure(candidates, flush, ROUNDS // 3)
     report()
     for mode in COMPILE_MODES:
-        if time.monotonic() > deadline - 60:
+        if time.monotonic() > deadline - COMPILE_SECONDS:
             failed[f"torch.compile, {mode}"] = "no time left"
             continue
         mode_name = f"torch.compile, {mode}"

@@ -226,7 +226,7 @@ template <class Real>
 void choose_waves(LossArgs<Real>& args) {
   const GridShape& s = args.shape;
   const int64_t budget = kWaveBytes + static_cast<int64_t>(s.num_layers) * s.num_texts * s.dim * 2;
-  const int64_t row = s.num_dims * args.x_stride * static_cast<int64_t>(sizeof(float));
+  const int64_t row = static_cast<int64_t>(sizeof(float)) * s.num_dims * args.x_stride;
   const int64_t layers = std::max(1, args.num_active);
   args.wave_layers =
       static_cast<int>(std::clamp<int64_t>(budget / (row * s.num_anchors), 1, layers));
@@ -248,7 +248,8 @@ LossArgs<Real> loss_args(const LossParams<float>& p, Arena& arena) {
   args.centers = arena.take<float>(p.num_layers * p.dim);
   args.center_squared = arena.take<Real>(p.num_layers * p.num_dims);
   args.kl_rows = arena.take<KlRow<Real>>(s.has_kl ? p.num_layers * p.num_texts : 0);
-  args.x_stride = (p.num_candidates + 3) / 4 * 4;  // rows of whole 16-byte vectors
+  args.x_stride =
+      static_cast<int>((p.num_candidates + 3) / 4 * 4);  // rows of whole 16-byte vectors
   choose_waves(args);
   const int64_t cells = p.num_layers * p.num_dims;
   const int64_t wave_rows = static_cast<int64_t>(args.wave_layers) * args.wave_anchors;
