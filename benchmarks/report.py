@@ -39,7 +39,8 @@ Made by `make bench` and `make bench-page`; every round is in `benchmarks/result
 run in one process, one after the other in every round, in changing order; ratios are medians of ratios within a round.
 Rows say how busy other processes kept the machine meanwhile. *Resident*: freed memory stays mapped, as in a training
 loop that reuses its blocks; *default*: glibc's defaults, whose page faults everyone pays. The floor is a plain copy of
-all hidden states to where their gradients go. No figure here comes from a GPU.
+all hidden states to where their gradients go. No figure here comes from a GPU:
+those are in `benchmarks/results/gpu-*.md` and in the README.
 
 **Where there is nothing to win:** on a CPU with a real model the loss is a few percent of a training step, whoever
 computes it; see the table of whole steps.

@@ -38,27 +38,27 @@ M2D_DEVICE const Scalar* incoming_tokens(const ScatterArgs& p, const Text<Scalar
 // Gradients of up to kBatch tokens in one thread's columns: a x, and what came in. A coefficient of 0 writes that
 // alone, whatever the row holds.
 template <class Scalar, bool kVectors, bool kAdd>
-M2D_DEVICE void scatter_tokens(const Text<Scalar>& text, const Scalar* added, int64_t first,
-                               int64_t end, int step, int column,
+M2D_DEVICE void scatter_tokens(const Text<Scalar>& text, const Scalar* added, int first, int end,
+                               int step, int column,
                                const float (&x)[RowShares<Scalar, kVectors>::kCount]) {
   constexpr int kCount = RowShares<Scalar, kVectors>::kCount;
   float a[kBatch];
   RowVector<Scalar> out[kVectors ? kBatch : 1];
 #pragma unroll
   for (int i = 0; i < kBatch; ++i) {
-    const int64_t t = first + static_cast<int64_t>(i) * step;
+    const int t = first + i * step;
     if (t >= end) continue;
     a[i] = text.coefficients[t];
     if constexpr (kVectors && kAdd) {
-      out[i].bits =
-          load_streaming(reinterpret_cast<const uint4*>(added + t * text.token_stride + column));
+      out[i].bits = load_streaming(reinterpret_cast<const uint4*>(
+          added + static_cast<int64_t>(t) * text.token_stride + column));
     }
   }
 #pragma unroll
   for (int i = 0; i < kBatch; ++i) {
-    const int64_t t = first + static_cast<int64_t>(i) * step;
+    const int t = first + i * step;
     if (t >= end) continue;
-    const int64_t place = t * text.token_stride + column;
+    const int64_t place = static_cast<int64_t>(t) * text.token_stride + column;
     if constexpr (kVectors) {
 #pragma unroll
       for (int e = 0; e < kCount; ++e) {
@@ -107,10 +107,11 @@ __global__ void __launch_bounds__(kThreadsOfBlock)
       if (shares.group >= step) continue;
       float x[kCount];
       load_scaled<kVectors ? 4 : 1>(row + shares.column, g, x);
-      for (int64_t run = i % p.items_per_text * kTokensPerItem; run < text.count;
-           run += static_cast<int64_t>(p.items_per_text) * kTokensPerItem) {
-        const int64_t end = run + kTokensPerItem < text.count ? run + kTokensPerItem : text.count;
-        for (int64_t t = run + shares.group; t < end; t += kBatch * step)
+      const int count = static_cast<int>(text.count);
+      for (int run = static_cast<int>(i % p.items_per_text) * kTokensPerItem; run < count;
+           run += p.items_per_text * kTokensPerItem) {
+        const int end = run + kTokensPerItem < count ? run + kTokensPerItem : count;
+        for (int t = run + shares.group; t < end; t += kBatch * step)
           scatter_tokens<Scalar, kVectors, kAdd>(text, added, t, end, step, shares.column, x);
       }
     }

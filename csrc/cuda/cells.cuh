@@ -40,11 +40,9 @@ M2D_DEVICE void chunk_products(const LossArgs<Real>& p, const Wave& wave, float*
     c.clear();
     multiply<kSplit, false, false>(a, b, s.chunk_begin(k), s.dims[k], scratch, c);
     // Rows of X are whole vectors: 0 where there is no candidate.
-    const int columns = min_of(kTile, p.x_stride - column);
+    const int columns = min_of(kTile, static_cast<int>(p.x_stride) - column);
     float* out = x_row(p, w, k, row) + column;
-    c.for_each(rows, columns, [&](int i, int j, float value) {
-      out[static_cast<int64_t>(i) * p.x_stride + j] = value;
-    });
+    c.for_each(rows, columns, [&](int i, int j, float value) { out[i * p.x_stride + j] = value; });
   }
 }
 
@@ -131,7 +129,6 @@ struct SoftmaxSums {
 template <class Real>
 M2D_DEVICE void anchor_cell(const LossArgs<Real>& p, int w, int layer, int k, int row, int anchor) {
   constexpr int kBatch = 4;
-  constexpr int kChunks = sizeof(Real) == 4 ? 4 : 2;  // on their way at a time, as registers allow
   const GridShape& s = p.shape;
   const int lane = thread_index() % 32;
   const int m = s.num_candidates;
@@ -139,14 +136,14 @@ M2D_DEVICE void anchor_cell(const LossArgs<Real>& p, int w, int layer, int k, in
   const AnchorSide<Real> a = anchor_side(p, layer, k, anchor);
   const CandidateSides<Real> candidates = candidate_sides(p, layer, k);
   const float* products = x_row(p, w, 0, row);
-  const int64_t chunk_stride = static_cast<int64_t>(p.wave_anchors) * p.x_stride;
+  const int64_t chunk_stride = p.wave_anchors * p.x_stride;
   SoftmaxSums<Real> sums{-INFINITY, 0, 0, 0};
   Real target_cosine = 0;
   for (int begin = lane; begin < m; begin += 32 * kBatch) {
     Real c[kBatch], weight[kBatch];
 #pragma unroll
     for (int e = 0; e < kBatch; ++e) c[e] = 0;
-#pragma unroll kChunks
+#pragma unroll 2
     for (int chunk = 0; chunk <= k; ++chunk) {
 #pragma unroll
       for (int e = 0; e < kBatch; ++e) {
@@ -251,12 +248,12 @@ template <class Real>
 M2D_DEVICE void column_cell(const LossArgs<Real>& p, const Wave& wave, int w, int layer, int k,
                             int column, ColumnSums<Real>& sums) {
   constexpr int kCount = kColumnVector<Real>;
-  constexpr int kChunks = sizeof(Real) == 4 ? 4 : 1;  // on their way at a time, as registers allow
+  constexpr int kChunks = sizeof(Real) == 4 ? 2 : 1;  // on their way at a time, as registers allow
   using Vector = FloatVector<kCount>;
   const GridShape& s = p.shape;
   const bool asked = s.weight(layer, k) != 0.0f;
   const bool has_above = k + 1 < s.used_dims[layer];
-  const int64_t chunk_stride = static_cast<int64_t>(p.wave_anchors) * p.x_stride;
+  const int64_t chunk_stride = p.wave_anchors * p.x_stride;
   CandidateSide<Real> b[kCount];
 #pragma unroll
   for (int e = 0; e < kCount; ++e) {

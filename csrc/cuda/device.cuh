@@ -141,25 +141,6 @@ M2D_DEVICE uint32_t to_tf32(float x) {
 #endif
 }
 
-// Words k..k+3 and k+4..k+7 of 16 rows in shared memory, `stride` apart; all 32 lanes, converged. 16-byte aligned.
-// With g = lane / 4, t = lane % 4, lower = row g, upper = row g + 8:
-//   lower[k+t], upper[k+t], lower[k+t+4], upper[k+t+4]
-M2D_DEVICE void load_rows(float (&x)[4], const float* rows, int stride, int k) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-#ifdef M2D_EMULATE
-  for (int i = 0; i < 4; ++i)
-    x[i] = rows[(lane / 4 + i % 2 * 8) * stride + k + lane % 4 + i / 2 * 4];
-#else
-  // Lane i gives the address of row i % 8 of the i / 8th 8 x 4 block.
-  const float* source = rows + lane % 16 * stride + k + lane / 16 * 4;
-  const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(source));
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
-               : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
-               : "r"(shared)
-               : "memory");
-#endif
-}
-
 // d (16 x 8) += a (16 x 8) b (8 x 8); all 32 lanes, converged. With g = lane / 4, t = lane % 4:
 //   a[0..3] = A[g][t], A[g+8][t], A[g][t+4], A[g+8][t+4]      b[0..1] = B[t][g], B[t+4][g]
 //   d[0..3] = D[g][2t], D[g][2t+1], D[g+8][2t], D[g+8][2t+1]

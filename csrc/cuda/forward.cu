@@ -96,9 +96,9 @@ M2D_DEVICE void reduce(const LossArgs<Real>& p) {
 
 // ---- the kernel ----
 
-template <bool kSplit, class Real>
+template <bool kSplitCells, bool kSplitGradients, class Real>
 M2D_DEVICE void run_wave(const LossArgs<Real>& p, const Wave& wave, float* scratch) {
-  chunk_products<kSplit>(p, wave, scratch);
+  chunk_products<kSplitCells>(p, wave, scratch);
   if (wave.first_layer + wave.first == 0) learn(p, num_product_tiles(p, wave));
   grid_sync();
   anchor_cells(p, wave);
@@ -107,11 +107,11 @@ M2D_DEVICE void run_wave(const LossArgs<Real>& p, const Wave& wave, float* scrat
   if (p.shape.wants_grad) columns(p, wave, scratch);
   if (wave.is_last) cell_means(p, wave);
   grid_sync();
-  if (p.shape.wants_grad) gradients<kSplit>(p, wave, scratch);
+  if (p.shape.wants_grad) gradients<kSplitGradients>(p, wave, scratch);
 }
 
 // In shared memory, a wave takes no registers from the stages.
-template <bool kSplit, class Real>
+template <bool kSplitCells, bool kSplitGradients, class Real>
 M2D_DEVICE void run_waves(const LossArgs<Real>& p, float* scratch) {
   M2D_SHARED(Wave, wave, [1]);
   if (p.num_active == 0) {
@@ -124,7 +124,7 @@ M2D_DEVICE void run_waves(const LossArgs<Real>& p, float* scratch) {
   if (threadIdx.x == 0) wave[0] = make_wave(p, 0, 0);
   __syncthreads();
   while (wave[0].num_layers > 0) {
-    run_wave<kSplit>(p, wave[0], scratch);
+    run_wave<kSplitCells, kSplitGradients>(p, wave[0], scratch);
     __syncthreads();
     if (threadIdx.x == 0) wave[0] = next_wave(p, wave[0]);
     __syncthreads();
@@ -133,7 +133,7 @@ M2D_DEVICE void run_waves(const LossArgs<Real>& p, float* scratch) {
 }
 
 // Scalar: of the hidden states, void where pooled rows are given.
-template <class Scalar, class Real, bool kSplit>
+template <class Scalar, class Real, bool kSplitCells, bool kSplitGradients>
 __global__ void __launch_bounds__(kThreads, kBlocksOfProcessor)
     loss_kernel(const __grid_constant__ LossArgs<Real> p) {
   M2D_SHARED(float, scratch, [kScratch]);
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfProcessor)
   center_rows(p, p.pooled, true);
   center_rows(p, p.gathered, false);
   grid_sync();
-  run_waves<kSplit>(p, scratch);
+  run_waves<kSplitCells, kSplitGradients>(p, scratch);
   if (p.shape.wants_grad) {
     other_gradients(p, p.pooled, true);
     other_gradients(p, p.gathered, false);
@@ -226,7 +226,7 @@ template <class Real>
 void choose_waves(LossArgs<Real>& args) {
   const GridShape& s = args.shape;
   const int64_t budget = kWaveBytes + static_cast<int64_t>(s.num_layers) * s.num_texts * s.dim * 2;
-  const int64_t row = static_cast<int64_t>(sizeof(float)) * s.num_dims * args.x_stride;
+  const int64_t row = s.num_dims * args.x_stride * static_cast<int64_t>(sizeof(float));
   const int64_t layers = std::max(1, args.num_active);
   args.wave_layers =
       static_cast<int>(std::clamp<int64_t>(budget / (row * s.num_anchors), 1, layers));
@@ -248,8 +248,7 @@ LossArgs<Real> loss_args(const LossParams<float>& p, Arena& arena) {
   args.centers = arena.take<float>(p.num_layers * p.dim);
   args.center_squared = arena.take<Real>(p.num_layers * p.num_dims);
   args.kl_rows = arena.take<KlRow<Real>>(s.has_kl ? p.num_layers * p.num_texts : 0);
-  args.x_stride =
-      static_cast<int>((p.num_candidates + 3) / 4 * 4);  // rows of whole 16-byte vectors
+  args.x_stride = (p.num_candidates + 3) / 4 * 4;  // rows of whole 16-byte vectors
   choose_waves(args);
   const int64_t cells = p.num_layers * p.num_dims;
   const int64_t wave_rows = static_cast<int64_t>(args.wave_layers) * args.wave_anchors;
@@ -265,7 +264,7 @@ LossArgs<Real> loss_args(const LossParams<float>& p, Arena& arena) {
   return args;
 }
 
-template <class Scalar, class Real, bool kSplit>
+template <class Scalar, class Real, bool kSplitCells, bool kSplitGradients>
 cudaError_t launch_loss(const LossParams<float>& params, const LossLaunch& how, void* workspace,
                         cudaStream_t stream) {
   Arena arena(workspace);
@@ -274,7 +273,7 @@ cudaError_t launch_loss(const LossParams<float>& params, const LossLaunch& how, 
     args.tokens = device_tokens(*how.tokens);
     args.row_vectors = rows_are_vectors(*how.tokens, sizeof(Scalar));
   }
-  const auto kernel = loss_kernel<Scalar, Real, kSplit>;
+  const auto kernel = loss_kernel<Scalar, Real, kSplitCells, kSplitGradients>;
   int blocks = 0;
   const cudaError_t error = cooperative_grid(kernel, kThreads, &blocks);
   if (error != cudaSuccess) return error;
@@ -304,17 +303,18 @@ cudaError_t launch_loss(const LossParams<float>& params, const LossLaunch& how, 
                         cudaStream_t stream) {
   const bool split = !how.allow_tf32;
   if (how.tokens == nullptr) {
-    return split ? launch_loss<void, double, true>(params, how, workspace, stream)
-                 : launch_loss<void, double, false>(params, how, workspace, stream);
+    return split ? launch_loss<void, double, true, true>(params, how, workspace, stream)
+                 : launch_loss<void, double, false, false>(params, how, workspace, stream);
   }
+  // Of half types the gradient is rounded to fewer bits than tf32 has; the loss is not, and has the scale before it.
   switch (how.type) {
     case StateType::kFloat:
-      return split ? launch_loss<float, double, true>(params, how, workspace, stream)
-                   : launch_loss<float, double, false>(params, how, workspace, stream);
+      return split ? launch_loss<float, double, true, true>(params, how, workspace, stream)
+                   : launch_loss<float, double, false, false>(params, how, workspace, stream);
     case StateType::kBFloat16:
-      return launch_loss<__nv_bfloat16, float, false>(params, how, workspace, stream);
+      return launch_loss<__nv_bfloat16, float, true, false>(params, how, workspace, stream);
     case StateType::kHalf:
-      return launch_loss<__half, float, false>(params, how, workspace, stream);
+      return launch_loss<__half, float, true, false>(params, how, workspace, stream);
   }
   return cudaErrorInvalidValue;
 }

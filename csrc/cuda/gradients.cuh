@@ -189,11 +189,9 @@ M2D_DEVICE RowTerms<Real> row_terms(const LossArgs<Real>& p, bool is_pooled, int
 
 // A tile of rows in one column block: anchors, or candidates.
 struct GradientTile {
-  int item;  // of all tiles of the wave
   int w, layer;
   bool is_anchors;
-  int first,
-      rows;  // among the wave's anchors, or among all candidates; no rows: there is no such tile
+  int first, rows;  // among the wave's anchors, or among all candidates
   ColumnBlock block;
 };
 
@@ -232,7 +230,7 @@ M2D_DEVICE void finish_tile(const GradientRows<Real>& rows, const GradientTile& 
                             const RowTerms<Real>* terms, const float* sums, bool is_complete,
                             bool continues) {
   constexpr int kVectors = kTile / kCount;
-#pragma unroll sizeof(Real) == 4 ? 2 : 1
+#pragma unroll 1
   for (int i = thread_index(); i < tile.rows * kVectors; i += kThreads) {
     const int row = i / kVectors;
     const int column = i % kVectors * kCount;
@@ -273,44 +271,30 @@ M2D_DEVICE void gradient_tile(const LossArgs<Real>& p, const Wave& wave, const G
   __syncthreads();
   const GradientRows<Real> rows = gradient_rows(p, is_pooled, tile.layer, first);
   if (has_vectors(rows, tile.block)) {
-    // As registers allow.
-    finish_tile<sizeof(Real) == 4 ? 4 : 2>(rows, tile, terms, scratch, is_complete, continues);
+    finish_tile<4>(rows, tile, terms, scratch, is_complete, continues);
   } else {
     finish_tile<1>(rows, tile, terms, scratch, is_complete, continues);
   }
   __syncthreads();  // before the terms and products of the next tile
 }
 
-template <class Real>
-M2D_DEVICE GradientTile gradient_tile_of(const LossArgs<Real>& p, const Wave& wave, int item) {
+template <bool kSplit, class Real>
+M2D_DEVICE void gradients(const LossArgs<Real>& p, const Wave& wave, float* scratch) {
   const GridShape& s = p.shape;
   const int blocks = num_column_blocks(s);
   const int anchor_tiles = ceil_div(wave.num_anchors, kTile);
   const int tiles = anchor_tiles + ceil_div(s.num_candidates, kTile);
-  if (item >= wave.num_layers * tiles * blocks) return {};
-  const int w = item / (tiles * blocks);
-  const int tile = item / blocks % tiles;
-  const bool is_anchors = tile < anchor_tiles;
-  const int first = (is_anchors ? tile : tile - anchor_tiles) * kTile;
-  const int count = is_anchors ? wave.num_anchors : s.num_candidates;
-  return {item,
-          w,
-          p.active[wave.first_layer + w],
-          is_anchors,
-          first,
-          min_of(kTile, count - first),
-          column_block(s, item % blocks)};
-}
-
-template <bool kSplit, class Real>
-M2D_DEVICE void gradients(const LossArgs<Real>& p, const Wave& wave, float* scratch) {
-  M2D_SHARED(GradientTile, tile, [1]);  // in shared memory it takes no registers
-  if (thread_index() == 0) tile[0] = gradient_tile_of(p, wave, blockIdx.x);
-  __syncthreads();
-  while (tile[0].rows > 0) {
-    gradient_tile<kSplit>(p, wave, tile[0], scratch);
-    if (thread_index() == 0) tile[0] = gradient_tile_of(p, wave, tile[0].item + block_count());
-    __syncthreads();
+  const int per_layer = tiles * blocks;
+  for (int item = blockIdx.x; item < wave.num_layers * per_layer; item += block_count()) {
+    const int w = item / per_layer;
+    const int tile = item % per_layer / blocks;
+    const bool is_anchors = tile < anchor_tiles;
+    const int first = (is_anchors ? tile : tile - anchor_tiles) * kTile;
+    const int count = is_anchors ? wave.num_anchors : s.num_candidates;
+    gradient_tile<kSplit>(p, wave,
+                          {w, p.active[wave.first_layer + w], is_anchors, first,
+                           min_of(kTile, count - first), column_block(s, item % blocks)},
+                          scratch);
   }
 }
 

@@ -19,8 +19,8 @@ struct LossArgs {
   int num_active;        // layers with cells
   int16_t active[kMaxLayers];
   int wave_layers, wave_anchors;
-  float* x;      // (wave_layers, K, wave_anchors, x_stride): products of the chunks, then X
-  int x_stride;  // a multiple of 4
+  float* x;          // (wave_layers, K, wave_anchors, x_stride): products of the chunks, then X
+  int64_t x_stride;  // a multiple of 4
   AnchorCell<Real>* anchor_cells;  // (L, K, B)
   RowSums<Real>* anchor_sums;      // (L, K, B)
   RowSums<Real>* candidate_sums;   // (L, K, M)

@@ -26,7 +26,7 @@ constexpr int kTileScratch = 2 * kStages * kStageSize;  // floats of shared memo
 // One operand of a tile: element (r, k), r < rows, at data[r * stride + k] or, kByDepth, at data[k * stride + r].
 struct Operand {
   const float* data;
-  int stride;
+  int64_t stride;
   int rows;
 };
 
@@ -72,15 +72,14 @@ M2D_DEVICE void load_stage(const Operand& x, int thread, int depth, int depth_en
   constexpr int kInner = (kByDepth ? kTile : kDepth) / kCount;
   const int inner_end = kByDepth ? x.rows : depth_end - depth;
   const int outer_end = kByDepth ? depth_end - depth : x.rows;
-  const float* data = x.data + (kByDepth ? static_cast<int64_t>(depth) * x.stride : depth);
+  const float* data = x.data + (kByDepth ? depth * x.stride : depth);
 #pragma unroll kBytes == 16 ? 2 : 1
   for (int i = thread; i < kTile * kDepth / kCount; i += kThreads) {
     const int outer = i / kInner;
     const int inner = i % kInner * kCount;
     int valid = outer < outer_end ? inner_end - inner : 0;
     valid = valid < 0 ? 0 : valid > kCount ? kCount : valid;
-    const float* source =
-        valid > 0 ? data + static_cast<int64_t>(outer) * x.stride + inner : x.data;
+    const float* source = valid > 0 ? data + outer * x.stride + inner : x.data;
     copy_async<kBytes>(stage + outer * (kByDepth ? kDepthStride : kRowStride) + inner, source,
                        4 * valid);
   }
@@ -96,17 +95,9 @@ M2D_DEVICE void load_stage(const Operand& x, bool aligned, int thread, int depth
   }
 }
 
-// Elements (row + g, k + t), (row + g + 8, k + t), (row + g, k + t + 4), (row + g + 8, k + t + 4) of a stage, with g and
-// t as for mma_tf32: a 16 x 8 fragment of A, or two 8 x 8 fragments of B.
 template <bool kByDepth>
-M2D_DEVICE void load_fragments(const float* stage, int row, int k, int lane, float (&x)[4]) {
-  if constexpr (kByDepth) {
-    const float* first = stage + (k + lane % 4) * kDepthStride + row + lane / 4;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) x[i] = first[i / 2 * 4 * kDepthStride + i % 2 * 8];
-  } else {
-    load_rows(x, stage + row * kRowStride, kRowStride, k);
-  }
+M2D_DEVICE float stage_element(const float* stage, int row, int depth) {
+  return kByDepth ? stage[depth * kDepthStride + row] : stage[row * kRowStride + depth];
 }
 
 struct SplitFloat {
@@ -125,38 +116,37 @@ M2D_DEVICE void multiply_stage(const float* a_stage, const float* b_stage, int t
                                Accumulator& c) {
   const int lane = thread % 32;
   const int warp = thread / 32;
+  const int g = lane / 4;
+  const int t = lane % 4;
 #pragma unroll 1
   for (int k = 0; k < kDepth; k += 8) {
-    float a[4];
-    load_fragments<kAByDepth>(a_stage, warp % 4 * 16, k, lane, a);
     uint32_t a_high[4], a_low[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const SplitFloat parts = split(a[i]);
-      a_high[i] = parts.high;
-      a_low[i] = parts.low;
+      const SplitFloat a = split(
+          stage_element<kAByDepth>(a_stage, warp % 4 * 16 + g + i % 2 * 8, k + t + i / 2 * 4));
+      a_high[i] = a.high;
+      a_low[i] = a.low;
     }
 #pragma unroll
-    for (int pair = 0; pair < 2; ++pair) {
-      float b[4];
-      load_fragments<kBByDepth>(b_stage, warp / 4 * 32 + pair * 16, k, lane, b);
+    for (int n = 0; n < 4; ++n) {
+      uint32_t b_high[2], b_low[2];
 #pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        const SplitFloat first = split(b[n]);
-        const SplitFloat second = split(b[n + 2]);
-        const uint32_t b_high[2] = {first.high, second.high};
-        float (&sum)[4] = c.values[2 * pair + n];
-        if constexpr (kSplit) {
-          const uint32_t b_low[2] = {first.low, second.low};
-          float part[4] = {};
-          mma_tf32(part, a_low, b_high);
-          mma_tf32(part, a_high, b_low);
-          mma_tf32(part, a_high, b_high);
+      for (int i = 0; i < 2; ++i) {
+        const SplitFloat b =
+            split(stage_element<kBByDepth>(b_stage, warp / 4 * 32 + n * 8 + g, k + t + i * 4));
+        b_high[i] = b.high;
+        b_low[i] = b.low;
+      }
+      if constexpr (kSplit) {
+        float part[4] = {};
+        mma_tf32(part, a_low, b_high);
+        mma_tf32(part, a_high, b_low);
+        mma_tf32(part, a_high, b_high);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) sum[i] += part[i];
-        } else {
-          mma_tf32(sum, a_high, b_high);
-        }
+        for (int i = 0; i < 4; ++i) c.values[n][i] += part[i];
+      } else {
+        mma_tf32(c.values[n], a_high, b_high);
       }
     }
   }
