@@ -1,5 +1,5 @@
-// The loss of all layers and dims in one cooperative launch. The formulas are those of math.h; the stages are those of
-// cpu/loss.cpp, with a grid-wide barrier between them:
+// The loss of all layers and dims in one cooperative launch. The formulas are those of math.h; between these stages
+// lies a grid-wide barrier:
 //
 //   pool        P of every text and layer                                      a block per row
 //               and its norms of every prefix                                  a warp per row
@@ -9,7 +9,7 @@
 //   products    <delta_i, delta_j> over each chunk                             a block per 64 x 64 tile
 //               and, once, the KL                                              a warp per row
 //   cells       normaliser and cross-entropy of an anchor in a cell            a warp each
-//   columns     X in place of the products, and the sums down its columns      a block per 32 columns
+//   columns     X in place of the products, and the sums down its columns      a block per 16 or 8 columns
 //   gradients   X delta of anchors, X^T delta of candidates, and from them dP  a block per 64 x 64 tile
 //
 // Each element has one owner and every sum an order that depends on the sizes alone: the same bits for any grid.

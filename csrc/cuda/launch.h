@@ -51,7 +51,7 @@ struct LossLaunch {
   const PoolParams*
       tokens;       // nullptr: params.pooled is given. Else it is not, and is pooled from these
   StateType type;   // of the tokens; kFloat where they are not given
-  bool allow_tf32;  // products in tf32 alone; half types always have them
+  bool allow_tf32;  // products in tf32 alone; gradients of half types always have them
 };
 
 // Device memory that the launch works in, 256-byte aligned, uninitialised.
