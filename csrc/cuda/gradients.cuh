@@ -1,4 +1,4 @@
-// dP: the products of X with the other side's rows, and to each element, while its sum is still in a register, the norm
+// dP: the products of X with the other side's rows, and to each element, while its sum is in shared memory, the norm
 // terms, the KL and the Jacobian of Normalize.
 #pragma once
 
@@ -6,32 +6,27 @@
 
 namespace m2d::cuda {
 
-// Up to kTile columns of one chunk; chunk K is what no prefix covers.
+// Up to kTile columns of one chunk.
 struct ColumnBlock {
   int k, begin, width;
 };
 
-M2D_DEVICE int chunk_end(const GridShape& s, int k) {
-  return k < s.num_dims ? s.dims[k] : s.dim;
-}
-
 M2D_DEVICE int num_column_blocks(const GridShape& s) {
   int count = 0;
-  for (int k = 0; k <= s.num_dims; ++k)
-    count += ceil_div(chunk_end(s, k) - s.chunk_begin(k), kTile);
+  for (int k = 0; k <= s.num_dims; ++k) count += ceil_div(s.chunk_end(k) - s.chunk_begin(k), kTile);
   return count;
 }
 
 M2D_DEVICE ColumnBlock column_block(const GridShape& s, int index) {
   int k = 0;
-  int blocks = ceil_div(chunk_end(s, 0) - s.chunk_begin(0), kTile);
+  int blocks = ceil_div(s.chunk_end(0) - s.chunk_begin(0), kTile);
   while (index >= blocks) {
     index -= blocks;
     ++k;
-    blocks = ceil_div(chunk_end(s, k) - s.chunk_begin(k), kTile);
+    blocks = ceil_div(s.chunk_end(k) - s.chunk_begin(k), kTile);
   }
   const int begin = s.chunk_begin(k) + index * kTile;
-  return {k, begin, min_of(kTile, chunk_end(s, k) - begin)};
+  return {k, begin, min_of(kTile, s.chunk_end(k) - begin)};
 }
 
 // What all elements of a row's chunk share:

@@ -60,7 +60,9 @@ struct GridShape {
   float weights[kMaxLayers * kMaxDims];
   float kl_weights[kMaxLayers];
 
+  // Chunk K is what no prefix covers.
   M2D_DEVICE int chunk_begin(int k) const { return k == 0 ? 0 : dims[k - 1]; }
+  M2D_DEVICE int chunk_end(int k) const { return k < num_dims ? dims[k] : dim; }
   M2D_DEVICE float weight(int layer, int k) const { return weights[layer * num_dims + k]; }
   // Z / C of candidate j for the anchor whose positive is `target`.
   M2D_DEVICE float logit_scale(int j, int target) const {
@@ -83,16 +85,15 @@ M2D_DEVICE int64_t prefix_of(const GridShape& s, const RowSet<Real>& set, int la
 constexpr int kRowBatch = 8;
 constexpr int kRowPanel = 32 * kRowBatch;
 
-template <int kCount = kRowBatch>
 struct RowPanel {
-  float x[kCount];
+  float x[kRowBatch];
 
   M2D_DEVICE static int column(int begin, int i) {
     return begin + 32 * i + static_cast<int>(threadIdx.x) % 32;
   }
   M2D_DEVICE void load(const float* row, int begin, int width) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
+    for (int i = 0; i < kRowBatch; ++i) {
       const int d = column(begin, i);
       x[i] = d < width ? row[d] : 0.0f;
     }
@@ -104,11 +105,11 @@ struct RowPanel {
 template <class Real, class Term>
 M2D_DEVICE Real chunk_sum(const GridShape& s, int k, int begin, const Term& term) {
   const int first = s.chunk_begin(k);
-  const int end = k < s.num_dims ? s.dims[k] : s.dim;
+  const int end = s.chunk_end(k);
   Real sum = 0;
 #pragma unroll
   for (int i = 0; i < kRowBatch; ++i) {
-    const int d = RowPanel<>::column(begin, i);
+    const int d = RowPanel::column(begin, i);
     if (d >= first && d < end) sum += term(i);
   }
   return warp_sum(sum);
@@ -116,8 +117,7 @@ M2D_DEVICE Real chunk_sum(const GridShape& s, int k, int begin, const Term& term
 
 // Whether chunk k has elements in the panel that starts at `begin`.
 M2D_DEVICE bool meets_panel(const GridShape& s, int k, int begin) {
-  const int end = k < s.num_dims ? s.dims[k] : s.dim;
-  return s.chunk_begin(k) < begin + kRowPanel && end > begin;
+  return s.chunk_begin(k) < begin + kRowPanel && s.chunk_end(k) > begin;
 }
 
 // Norms of row r, by one warp. Lane k holds what belongs to chunk k until all are known.
@@ -128,7 +128,7 @@ M2D_DEVICE void compute_norms(const GridShape& s, const RowSet<Real>& set, int l
   const float* row = set.pooled + row_of(set, layer, r) * s.dim;
   Real chunk = 0;
   for (int begin = 0; begin < s.dim; begin += kRowPanel) {
-    RowPanel<> panel;
+    RowPanel panel;
     panel.load(row, begin, s.dim);
 #pragma unroll 1
     for (int k = 0; k <= s.num_dims; ++k) {
@@ -195,7 +195,7 @@ M2D_DEVICE void center_row(const GridShape& s, const RowSet<Real>& set, const fl
   Real along_chunk = 0;
   Real squared_chunk = 0;
   for (int begin = 0; begin < s.dim; begin += kRowPanel) {
-    RowPanel<> x, c;
+    RowPanel x, c;
     x.load(pooled, begin, s.dim);
     c.load(center, begin, s.dim);
 #pragma unroll 1
@@ -228,12 +228,12 @@ M2D_DEVICE void center_row(const GridShape& s, const RowSet<Real>& set, const fl
   if (lane == 0) set.gamma[row] = static_cast<float>(gamma);
   float* delta = set.delta + row * s.dim;
   for (int begin = 0; begin < s.dim; begin += kRowPanel) {
-    RowPanel<> x, c;
+    RowPanel x, c;
     x.load(pooled, begin, s.dim);
     c.load(center, begin, s.dim);
 #pragma unroll
     for (int i = 0; i < kRowBatch; ++i) {
-      const int d = RowPanel<>::column(begin, i);
+      const int d = RowPanel::column(begin, i);
       if (d < s.dim) {
         delta[d] = static_cast<float>(full * static_cast<Real>(x.x[i]) -
                                       gamma * static_cast<Real>(c.x[i]));

@@ -155,8 +155,8 @@ struct PoolLap {
   const Scalar* source;       // this thread's vector of its first token
   const float* coefficients;  // from its first token on
   int64_t left;               // tokens from there to the end; none for a thread without a group
-  int64_t source_step, tokens_of_lap;  // elements from one step to the next; tokens of all groups
-  int step;                            // tokens from one step to the next
+  int64_t source_step;        // elements from one step to the next
+  int step;                   // tokens from one step to the next
 
   M2D_DEVICE void start(const DeviceTokens& tokens) {
     if (row >= tokens.num_layers * tokens.num_texts) return;
