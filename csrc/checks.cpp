@@ -234,6 +234,15 @@ GradProblem allocate_state_grads(const Tensor& pooled_grad, at::IntArrayRef laye
   return problem;
 }
 
+Tensor accumulated(const Tensor& rows) {
+  const bool half = rows.scalar_type() == at::kBFloat16 || rows.scalar_type() == at::kHalf;
+  return half ? rows.to(at::kFloat) : rows;
+}
+
+std::optional<Tensor> accumulated(const std::optional<Tensor>& rows) {
+  return rows.has_value() ? std::make_optional(accumulated(*rows)) : std::nullopt;
+}
+
 template <class T>
 LossProblem<T> read_loss(const Tensor& pooled, const std::optional<Tensor>& candidates,
                          int64_t target_offset, const LossOptions& options) {

@@ -62,6 +62,10 @@ struct LossProblem {
   std::vector<Tensor> storage;
 };
 
+// In the dtype in which a loss of it is computed: half types as float32.
+Tensor accumulated(const Tensor& rows);
+std::optional<Tensor> accumulated(const std::optional<Tensor>& rows);
+
 template <class T>
 LossProblem<T> read_loss(const Tensor& pooled, const std::optional<Tensor>& candidates,
                          int64_t target_offset, const LossOptions& options);

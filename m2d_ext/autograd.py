@@ -166,6 +166,7 @@ class _PooledLoss(torch.autograd.Function):
     def forward(ctx: Any, pooled: Tensor, candidates: Tensor | None, target_offset: int, grid: Grid) -> Any:
         loss, cells, kl, *grads = ops.pooled_loss(pooled, candidates, target_offset, grid, True)
         ctx.save_for_backward(*grads)
+        ctx.dtype = pooled.dtype
         _detach_extras(ctx, cells, kl)
         return loss, cells, kl
 
@@ -175,7 +176,10 @@ class _PooledLoss(torch.autograd.Function):
         if grad_loss is None:
             return (None,) * len(ctx.needs_input_grad)
         needed = ctx.needs_input_grad[:2]
-        grads = [grad_loss * grad if need else None for grad, need in zip(ctx.saved_tensors, needed, strict=True)]
+        grads = [
+            (grad_loss * grad).to(ctx.dtype) if need else None
+            for grad, need in zip(ctx.saved_tensors, needed, strict=True)
+        ]
         return (*grads, None, None)
 
 

@@ -198,9 +198,7 @@ def loss_of_pooled(
     if len(layers) < len(pooled):
         pooled = _select(pooled, layers)
         candidates = None if candidates is None else _select(candidates, layers)
-    dtype = reference.accumulate_dtype(pooled.dtype)
-    rows, others = pooled.to(dtype), None if candidates is None else candidates.to(dtype)
-    return _with_cells(_pooled_loss(rows, others, target_offset, active, fused), grid, active, layers)
+    return _with_cells(_pooled_loss(pooled, candidates, target_offset, active, fused), grid, active, layers)
 
 
 def loss_of_tokens(tokens: Tokens, backend: str = "auto", deferred: bool = False, **options: Any) -> LossAndCells:
@@ -247,8 +245,10 @@ def _pooled_loss(
 ) -> LossAndCells:
     if fused:
         return autograd.pooled_loss(pooled, candidates, target_offset, grid)
+    dtype = reference.accumulate_dtype(pooled.dtype)
+    rows, others = pooled.to(dtype), None if candidates is None else candidates.to(dtype)
     with torch.autocast(pooled.device.type, enabled=False):  # it would multiply in a half type
-        return reference.matryoshka_2d_loss_pooled(pooled, candidates, target_offset, **grid._asdict())
+        return reference.matryoshka_2d_loss_pooled(rows, others, target_offset, **grid._asdict())
 
 
 def _with_cells(results: LossAndCells, grid: Grid, active: Grid, layers: list[int]) -> LossAndCells:

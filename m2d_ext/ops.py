@@ -195,7 +195,10 @@ def pooled_loss(
     grid: Grid,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`loss`, from pooled rows; the fifth result is the gathered candidates' gradient, or empty."""
+    """As :func:`loss`, from pooled rows; the fifth result is the gathered candidates' gradient, or empty.
+
+    Rows of a half type are read as float32, and their gradients are float32.
+    """
     return torch.ops.m2d_ext.pooled_loss(
         pooled,
         candidates,
@@ -206,7 +209,10 @@ def pooled_loss(
 
 
 def _empty_loss(rows: Tensor, num_layers: int, num_dims: int) -> tuple[Tensor, Tensor, Tensor]:
-    return rows.new_empty(()), rows.new_empty(num_layers, num_dims), rows.new_empty(num_layers)
+    dtype = accumulate_dtype(rows.dtype)
+    shapes = (), (num_layers, num_dims), (num_layers,)
+    loss, cells, kl = (rows.new_empty(shape, dtype=dtype) for shape in shapes)
+    return loss, cells, kl
 
 
 def _num_texts(coefficients: Sequence[Tensor], cu_seqlens: Tensor | None) -> int:
@@ -320,8 +326,10 @@ def _fake_pooled_loss(
     own_hardness: float,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grad = pooled.new_empty(pooled.shape if needs_grad else (0, 0, 0))
-    candidate_grad = pooled.new_empty(candidates.shape if needs_grad and candidates is not None else (0, 0, 0))
+    dtype = accumulate_dtype(pooled.dtype)
+    grad = pooled.new_empty(pooled.shape if needs_grad else (0, 0, 0), dtype=dtype)
+    shape = candidates.shape if needs_grad and candidates is not None else (0, 0, 0)
+    candidate_grad = pooled.new_empty(shape, dtype=dtype)
     return (*_empty_loss(pooled, len(pooled), len(dims)), grad, candidate_grad)
 
 

@@ -111,10 +111,11 @@ def test_add_pooled_grad(dtype: torch.dtype, packed: bool) -> None:
 
 @pytest.mark.parametrize("gathered", [False, True])
 @pytest.mark.parametrize("needs_grad", [False, True])
-def test_opcheck_of_pooled(gathered: bool, needs_grad: bool) -> None:
-    candidates = torch.randn(3, 7, 8) if gathered else None
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_of_pooled(gathered: bool, needs_grad: bool, dtype: torch.dtype) -> None:
+    candidates = torch.randn(3, 7, 8).to(dtype) if gathered else None
     for grid in (_grid(3), _grid(3)._replace(hardness=5.0, own_hardness=2.0)):
-        arguments = (torch.randn(3, 4, 8), candidates, 1 if gathered else 0, *grid, needs_grad)
+        arguments = (torch.randn(3, 4, 8).to(dtype), candidates, 1 if gathered else 0, *grid, needs_grad)
         torch.library.opcheck(torch.ops.m2d_ext.pooled_loss, arguments)
 
 

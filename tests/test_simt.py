@@ -359,7 +359,7 @@ def draw_loss(seed: int, *, source: str, batch: int | None = None, **options: An
         pooled = tokens.sums()
         counted = ~tokens.empty_texts()
     if source == "gathered":
-        count = num_texts - batch + rng.randint(0, 9)
+        count = num_texts - batch + rng.randint(0, 9) + options.get("more", 0)
         arrays["target_offset"] = rng.randint(0, count - batch)
         unrelated = rng.random() < 0.2
         if unrelated:  # so that nothing is gained by a common center
@@ -372,7 +372,9 @@ def draw_loss(seed: int, *, source: str, batch: int | None = None, **options: An
     options = settings | hardness | {"num_columns": columns, "normalize": flags["normalize"]}
     del options["column_size"]
     tolerance = FLOAT_TOLERANCE
-    if source in ("bfloat16", "float16") or flags["allow_tf32"]:
+    if source in ("rows", "gathered"):
+        arrays["were_half"] = int(not full and random.Random(f"half {seed}").random() < 0.3)
+    if source in ("bfloat16", "float16") or flags["allow_tf32"] or arrays.get("were_half"):
         tolerance = UNCENTERED_TF32_TOLERANCE if unrelated else TF32_TOLERANCE
     return LossProblem(arrays, options, pooled, candidates, arrays["target_offset"], counted, tolerance)
 
@@ -443,6 +445,8 @@ LARGE = [
     {"source": "rows", "batch": 70, "columns": 2, "width": 36, "num_layers": 2, "num_dims": 2, "full": True},
     {"source": "gathered", "batch": 66, "width": 72, "num_layers": 1, "num_dims": 3, "full": True, "normalize": False},
     {"source": "bfloat16", "batch": 65, "columns": 3, "width": 36, "num_layers": 1, "num_dims": 2, "full": True},
+    # More candidates than are summed in one part.
+    {"source": "gathered", "batch": 66, "more": 2100, "width": 40, "num_layers": 2, "num_dims": 3, "full": True},
     {"source": "float32", "batch": 1, "columns": 2, "width": 5, "num_layers": 128, "num_dims": 1},
     {"source": "float32", "batch": 2, "columns": 8, "width": 64, "num_layers": 2, "num_dims": 16},
 ]

@@ -227,7 +227,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pooled_loss_op(
     const Tensor& weights, const Tensor& kl_weights, at::IntArrayRef dims, int64_t num_columns,
     double scale, double kl_temperature, bool normalize, double hardness, double own_hardness,
     bool needs_grad) {
-  LossOutputs out = run_loss(pooled, candidates, target_offset,
+  LossOutputs out = run_loss(accumulated(pooled), accumulated(candidates), target_offset,
                              {weights, kl_weights, dims, num_columns, scale, kl_temperature,
                               normalize, hardness, own_hardness, needs_grad});
   return {out.loss, out.cells, out.kl, out.pooled_grad, out.candidate_grad};

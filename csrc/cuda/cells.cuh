@@ -59,87 +59,39 @@ struct AnchorSide {
 template <class Real>
 M2D_DEVICE AnchorSide<Real> anchor_side(const LossArgs<Real>& p, int layer, int k, int anchor) {
   const GridShape& s = p.shape;
-  const int64_t place = prefix_of(s, p.pooled, layer, k, anchor);
-  const Real gamma = static_cast<Real>(p.pooled.gamma[row_of(p.pooled, layer, anchor)]);
-  return {p.pooled.prefix[place], gamma,
-          p.pooled.along[place] - gamma * p.center_squared[layer * s.num_dims + k]};
+  const PrefixRow<Real> row = p.pooled.prefixes[prefix_of(s, p.pooled, layer, k, anchor)];
+  return {row.inverse, row.gamma,
+          row.along - row.gamma * p.center_squared[layer * s.num_dims + k]};
 }
-
-// A candidate's side.
-template <class Real>
-struct CandidateSide {
-  Real inverse;  // i_k
-  Real gamma;
-  Real along;  // <c, u>_k
-};
 
 // Of all candidates in one cell.
 template <class Real>
-struct CandidateSides {
-  const Real* inverse;
-  const Real* along;
-  const float* gamma;
-
-  M2D_DEVICE CandidateSide<Real> operator[](int j) const {
-    return {inverse[j], static_cast<Real>(gamma[j]), along[j]};
-  }
-};
-
-template <class Real>
-M2D_DEVICE CandidateSides<Real> candidate_sides(const LossArgs<Real>& p, int layer, int k) {
+M2D_DEVICE const PrefixRow<Real>* candidate_sides(const LossArgs<Real>& p, int layer, int k) {
   const RowSet<Real>& others = candidate_rows(p);
-  const int64_t place = prefix_of(p.shape, others, layer, k, first_candidate(p));
-  return {others.prefix + place, others.along + place,
-          others.gamma + row_of(others, layer, first_candidate(p))};
+  return others.prefixes + prefix_of(p.shape, others, layer, k, first_candidate(p));
 }
 
 template <class Real>
-M2D_DEVICE Real cosine(const AnchorSide<Real>& a, const CandidateSide<Real>& b, Real product) {
+M2D_DEVICE Real cosine(const AnchorSide<Real>& a, const PrefixRow<Real>& b, Real product) {
   return (product + a.gamma * b.along + b.gamma * a.along) * a.inverse * b.inverse;
 }
 
 // ---- softmax of each anchor ----
 
-// Sums over candidates but for the target, of e = exp(Z - max), of which `max` may still grow. The gradient needs the
-// others' sum to full relative accuracy.
+// The sums of one anchor in one cell over candidates [first, end), by one warp that reads each product once. Lane
+// target % 32 gets the target's cosine, where it meets it.
 template <class Real>
-struct SoftmaxSums {
-  Real max, others;
-  Real weighted;  // e i_j gamma_j
-  Real cosines;   // e C
-
-  M2D_DEVICE void raise(Real new_max) {
-    const Real factor = exponential(max, new_max);
-    others *= factor;
-    weighted *= factor;
-    cosines *= factor;
-    max = new_max;
-  }
-
-  M2D_DEVICE void merge_lanes() {
-    const Real highest = warp_max(max);
-    if (max < highest) raise(highest);
-    others = warp_sum(others);
-    weighted = warp_sum(weighted);
-    cosines = warp_sum(cosines);
-  }
-};
-
-// The normaliser and the sums of one anchor in one cell, by one warp that reads each product once.
-template <class Real>
-M2D_DEVICE void anchor_cell(const LossArgs<Real>& p, int w, int layer, int k, int row, int anchor) {
+M2D_DEVICE SoftmaxSums<Real> softmax_sums(const LossArgs<Real>& p, int w, int layer, int k, int row,
+                                          int anchor, int first, int end, Real& target_cosine) {
   constexpr int kBatch = 4;
   const GridShape& s = p.shape;
-  const int lane = thread_index() % 32;
-  const int m = s.num_candidates;
   const int target = s.target_offset + anchor;
   const AnchorSide<Real> a = anchor_side(p, layer, k, anchor);
-  const CandidateSides<Real> candidates = candidate_sides(p, layer, k);
+  const PrefixRow<Real>* candidates = candidate_sides(p, layer, k);
   const float* products = x_row(p, w, 0, row);
   const int64_t chunk_stride = p.wave_anchors * p.x_stride;
   SoftmaxSums<Real> sums{-INFINITY, 0, 0, 0};
-  Real target_cosine = 0;
-  for (int begin = lane; begin < m; begin += 32 * kBatch) {
+  for (int begin = first + thread_index() % 32; begin < end; begin += 32 * kBatch) {
     Real c[kBatch], weight[kBatch];
 #pragma unroll
     for (int e = 0; e < kBatch; ++e) c[e] = 0;
@@ -148,15 +100,15 @@ M2D_DEVICE void anchor_cell(const LossArgs<Real>& p, int w, int layer, int k, in
 #pragma unroll
       for (int e = 0; e < kBatch; ++e) {
         const int j = begin + 32 * e;
-        if (j < m) c[e] += static_cast<Real>(products[chunk * chunk_stride + j]);
+        if (j < end) c[e] += static_cast<Real>(products[chunk * chunk_stride + j]);
       }
     }
     Real max = sums.max;
 #pragma unroll
     for (int e = 0; e < kBatch; ++e) {
       const int j = begin + 32 * e;
-      if (j >= m) continue;
-      const CandidateSide<Real> b = candidates[j];
+      if (j >= end) continue;
+      const PrefixRow<Real> b = candidates[j];
       c[e] = cosine(a, b, c[e]);
       weight[e] = b.inverse * b.gamma;
       const Real logit = rounded_product(static_cast<Real>(s.logit_scale(j, target)), c[e]);
@@ -166,7 +118,7 @@ M2D_DEVICE void anchor_cell(const LossArgs<Real>& p, int w, int layer, int k, in
 #pragma unroll
     for (int e = 0; e < kBatch; ++e) {
       const int j = begin + 32 * e;
-      if (j >= m) continue;
+      if (j >= end) continue;
       if (j == target) {
         target_cosine = c[e];
         continue;
@@ -179,15 +131,21 @@ M2D_DEVICE void anchor_cell(const LossArgs<Real>& p, int w, int layer, int k, in
     }
   }
   sums.merge_lanes();
-  target_cosine = __shfl_sync(kAllLanes, target_cosine, target % 32);
-  if (lane != 0) return;
+  return sums;
+}
+
+// What an anchor's sums in a cell come to, by one thread.
+template <class Real>
+M2D_DEVICE void finish_anchor_cell(const LossArgs<Real>& p, int layer, int k, int anchor,
+                                   const SoftmaxSums<Real>& sums, Real target_cosine) {
+  const GridShape& s = p.shape;
   const Real scale = static_cast<Real>(s.scale);
   const Real target_logit =
       rounded_product(scale, target_cosine);  // of the very bits that max has, if it is that
   const Real at_target = exponential(target_logit, sums.max);
   const Real coefficient = static_cast<Real>(s.weight(layer, k)) * scale /
                            static_cast<Real>(s.num_anchors) / (sums.others + at_target);
-  const CandidateSide<Real> b = candidates[target];
+  const PrefixRow<Real> b = candidate_sides(p, layer, k)[s.target_offset + anchor];
   const int64_t place = anchor_cell_of(s, layer, k, anchor);
   p.anchor_cells[place] = {sums.max, coefficient, sums.others,
                            cross_entropy(sums.others, at_target, sums.max - target_logit)};
@@ -195,17 +153,76 @@ M2D_DEVICE void anchor_cell(const LossArgs<Real>& p, int w, int layer, int k, in
                           coefficient * (sums.cosines - sums.others * target_cosine)};
 }
 
+// Place of row `row` of the wave in the cell (w, k).
+template <class Real>
+M2D_DEVICE int64_t wave_cell_of(const LossArgs<Real>& p, int w, int k, int row) {
+  return (static_cast<int64_t>(w) * p.shape.num_dims + k) * p.wave_anchors + row;
+}
+template <class Real>
+M2D_DEVICE SoftmaxSums<Real>& cell_part(const LossArgs<Real>& p, int w, int k, int part, int row) {
+  return p.cell_parts[((static_cast<int64_t>(w) * p.shape.num_dims + k) * p.parts + part) *
+                          p.wave_anchors +
+                      row];
+}
+
+// One part of an anchor in one cell, by one warp; where there is no other, all of it.
+template <class Real>
+M2D_DEVICE void anchor_cell(const LossArgs<Real>& p, int w, int layer, int k, int part, int row,
+                            int anchor) {
+  const int first = part * kPart;
+  const int end = min_of(first + kPart, p.shape.num_candidates);
+  const int target = p.shape.target_offset + anchor;
+  Real target_cosine = 0;
+  const SoftmaxSums<Real> sums = softmax_sums(p, w, layer, k, row, anchor, first, end, target_cosine);
+  target_cosine = __shfl_sync(kAllLanes, target_cosine, target % 32);
+  if (thread_index() % 32 != 0) return;
+  if (p.parts == 1) {
+    finish_anchor_cell(p, layer, k, anchor, sums, target_cosine);
+    return;
+  }
+  cell_part(p, w, k, part, row) = sums;
+  if (target >= first && target < end) p.target_cosines[wave_cell_of(p, w, k, row)] = target_cosine;
+}
+
+// body(w, layer, k, row) of cell `item` of all of the wave's anchors.
+template <class Real, class Body>
+M2D_DEVICE void visit_anchor_cell(const LossArgs<Real>& p, const Wave& wave, int item,
+                                  const Body& body) {
+  const GridShape& s = p.shape;
+  const int cell = item / wave.num_anchors;
+  const int k = cell % s.num_dims;
+  const int w = cell / s.num_dims;
+  const int layer = p.active[wave.first_layer + w];
+  if (s.weight(layer, k) != 0.0f) body(w, layer, k, item % wave.num_anchors);
+}
+template <class Real>
+M2D_DEVICE int num_anchor_cells(const LossArgs<Real>& p, const Wave& wave) {
+  return wave.num_layers * p.shape.num_dims * wave.num_anchors;
+}
+
 template <class Real>
 M2D_DEVICE void anchor_cells(const LossArgs<Real>& p, const Wave& wave) {
-  const GridShape& s = p.shape;
-  for_each_by_warp(wave.num_layers * s.num_dims * wave.num_anchors, [&](int item) {
-    const int cell = item / wave.num_anchors;
-    const int row = item % wave.num_anchors;
-    const int w = cell / s.num_dims;
-    const int k = cell % s.num_dims;
-    const int layer = p.active[wave.first_layer + w];
-    if (s.weight(layer, k) != 0.0f) anchor_cell(p, w, layer, k, row, wave.first + row);
+  const int cells = num_anchor_cells(p, wave);
+  for_each_by_warp(cells * p.parts, [&](int item) {
+    visit_anchor_cell(p, wave, item % cells, [&](int w, int layer, int k, int row) {
+      anchor_cell(p, w, layer, k, item / cells, row, wave.first + row);
+    });
   });
+}
+
+// The parts of each anchor, in order, by a thread per cell.
+template <class Real>
+M2D_DEVICE void merge_cell_parts(const LossArgs<Real>& p, const Wave& wave) {
+  const int cells = num_anchor_cells(p, wave);
+  for (int item = static_cast<int>(blockIdx.x) * kThreads + thread_index(); item < cells;
+       item += block_count() * kThreads) {
+    visit_anchor_cell(p, wave, item, [&](int w, int layer, int k, int row) {
+      SoftmaxSums<Real> sums = cell_part(p, w, k, 0, row);
+      for (int part = 1; part < p.parts; ++part) sums.add(cell_part(p, w, k, part, row));
+      finish_anchor_cell(p, layer, k, wave.first + row, sums,
+                         p.target_cosines[wave_cell_of(p, w, k, row)]);
+    });
+  }
 }
 
 // ---- X, and the sums down its columns ----
@@ -254,11 +271,11 @@ M2D_DEVICE void column_cell(const LossArgs<Real>& p, const Wave& wave, int w, in
   const bool asked = s.weight(layer, k) != 0.0f;
   const bool has_above = k + 1 < s.used_dims[layer];
   const int64_t chunk_stride = p.wave_anchors * p.x_stride;
-  CandidateSide<Real> b[kCount];
+  PrefixRow<Real> b[kCount];
 #pragma unroll
   for (int e = 0; e < kCount; ++e) {
     b[e] = asked && column + e < s.num_candidates ? candidate_sides(p, layer, k)[column + e]
-                                                  : CandidateSide<Real>{0, 0, 0};
+                                                  : PrefixRow<Real>{0, 0, 0, 0};
   }
 #pragma unroll 1
   for (int row = thread_index() / kColumnThreads; row < wave.num_anchors; row += kColumnRows) {

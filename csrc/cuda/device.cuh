@@ -130,14 +130,23 @@ M2D_DEVICE double rounded_product(double x, double y) {
 }
 #endif
 
-// The 19 bits of a float that the tensor cores read as tf32, rounded to nearest.
-M2D_DEVICE uint32_t to_tf32(float x) {
-#ifdef M2D_EMULATE
-  return (__float_as_uint(x) + 0x1000u) & 0xffffe000u;
+// Of a float, what the tensor cores read as tf32, and half a unit of its last place.
+constexpr uint32_t kTf32Bits = 0xffffe000u;
+constexpr uint32_t kTf32Half = 0x1000u;
+
+// Elements of a 16 x 8 block of floats in shared memory whose rows lie `stride` apart, 16-byte aligned; all 32 lanes,
+// converged. With g = lane / 4, t = lane % 4: x = (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4).
+M2D_DEVICE void load_rows(float (&x)[4], const float* block, int stride, int lane) {
+#if defined(M2D_EMULATE) 
+  for (int i = 0; i < 4; ++i)
+    x[i] = block[(lane / 4 + i % 2 * 8) * stride + lane % 4 + i / 2 * 4];
 #else
-  uint32_t bits;
-  asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(bits) : "f"(x));
-  return bits;
+  // Lane i gives the address of row i % 8 of the i / 8th 8 x 4 part.
+  const float* source = block + lane % 16 * stride + lane / 16 * 4;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+               : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(source)))
+               : "memory");
 #endif
 }
 

@@ -30,21 +30,25 @@ static_assert(kPoolThreads == kThreads);
 
 // ---- pool, centers, center ----
 
+template <class Real>
+M2D_DEVICE void norms(const LossArgs<Real>& p, const RowSet<Real>& set) {
+  for_each_row(p, set, [&](int layer, int r) { compute_norms(p.shape, set, layer, r); });
+}
+
+// P of this block's rows and its norms: of each row as soon as it is there, by one warp, while the others go on.
 template <class Scalar, class Real>
 M2D_DEVICE void pool(const LossArgs<Real>& p, float* scratch) {
   if (p.row_vectors) {
-    pool_rows<Scalar, true>(p.tokens, scratch, p.pooled.delta);
+    stream_rows<Scalar>(p.tokens, scratch, p.pooled.delta, [&](int row) {
+      const int turn = row / block_count();
+      if (thread_index() / 32 == turn % kWarps)
+        compute_norms(p.shape, p.pooled, row / p.shape.num_texts, row % p.shape.num_texts);
+    });
   } else {
-    pool_rows<Scalar, false>(p.tokens, scratch, p.pooled.delta);
+    sum_rows<Scalar>(p.tokens, p.pooled.delta);
+    __syncthreads();
+    norms(p, p.pooled);
   }
-}
-
-// Of rows that this very block has pooled: no barrier in between.
-template <class Real>
-M2D_DEVICE void norms(const LossArgs<Real>& p) {
-  const GridShape& s = p.shape;
-  for_each_row(p, p.pooled, [&](int layer, int r) { compute_norms(s, p.pooled, layer, r); });
-  for_each_row(p, p.gathered, [&](int layer, int r) { compute_norms(s, p.gathered, layer, r); });
 }
 
 template <class Real>
@@ -104,10 +108,19 @@ M2D_DEVICE void run_wave(const LossArgs<Real>& p, const Wave& wave, float* scrat
   anchor_cells(p, wave);
   if (wave.first_layer + wave.first == 0) kl_means(p);
   grid_sync();
+  if (p.parts > 1) {
+    merge_cell_parts(p, wave);
+    grid_sync();
+  }
   if (p.shape.wants_grad) columns(p, wave, scratch);
   if (wave.is_last) cell_means(p, wave);
   grid_sync();
-  if (p.shape.wants_grad) gradients<kSplitGradients>(p, wave, scratch);
+  if (!p.shape.wants_grad) return;
+  gradients<kSplitGradients>(p, wave, scratch);
+  if (p.parts > 1) {
+    grid_sync();
+    merge_gradient_parts(p, wave, scratch);
+  }
 }
 
 // In shared memory, a wave takes no registers from the stages.
@@ -137,8 +150,12 @@ template <class Scalar, class Real, bool kSplitCells, bool kSplitGradients>
 __global__ void __launch_bounds__(kThreads, kBlocksOfProcessor)
     loss_kernel(const __grid_constant__ LossArgs<Real> p) {
   M2D_SHARED(float, scratch, [kScratch]);
-  if constexpr (!std::is_void_v<Scalar>) pool<Scalar>(p, scratch);
-  norms(p);
+  if constexpr (std::is_void_v<Scalar>) {
+    norms(p, p.pooled);
+    norms(p, p.gathered);
+  } else {
+    pool<Scalar>(p, scratch);
+  }
   grid_sync();
   centers(p);
   grid_sync();
@@ -213,9 +230,7 @@ RowSet<Real> row_set(const LossParams<float>& p, const Rows<const float>& pooled
   set.pooled = pooled.data == nullptr ? set.delta : pooled.data;
   set.grad = grad.data;
   set.full = arena.take<Real>(rows);
-  set.prefix = arena.take<Real>(rows * p.num_dims);
-  set.prefix_squared = arena.take<Real>(rows * p.num_dims);
-  set.along = arena.take<Real>(rows * p.num_dims);
+  set.prefixes = arena.take<PrefixRow<Real>>(rows * p.num_dims);
   set.gamma = arena.take<float>(rows);
   set.count = static_cast<int>(count);
   return set;
@@ -226,7 +241,10 @@ template <class Real>
 void choose_waves(LossArgs<Real>& args) {
   const GridShape& s = args.shape;
   const int64_t budget = kWaveBytes + static_cast<int64_t>(s.num_layers) * s.num_texts * s.dim * 2;
-  const int64_t row = s.num_dims * args.x_stride * static_cast<int64_t>(sizeof(float));
+  args.parts = std::max(1, (s.num_candidates + kPart - 1) / kPart);
+  const int64_t part_rows = args.parts > 1 ? args.parts : 0;
+  const int64_t row =
+      (s.num_dims * args.x_stride + part_rows * s.dim) * static_cast<int64_t>(sizeof(float));
   const int64_t layers = std::max(1, args.num_active);
   args.wave_layers =
       static_cast<int>(std::clamp<int64_t>(budget / (row * s.num_anchors), 1, layers));
@@ -256,6 +274,10 @@ LossArgs<Real> loss_args(const LossParams<float>& p, Arena& arena) {
   args.anchor_cells = arena.take<AnchorCell<Real>>(cells * p.num_anchors);
   args.anchor_sums = arena.take<RowSums<Real>>(cells * p.num_anchors);
   args.candidate_sums = arena.take<RowSums<Real>>(s.wants_grad ? cells * p.num_candidates : 0);
+  const int64_t part_rows = args.parts > 1 ? wave_rows * args.parts : 0;
+  args.cell_parts = arena.take<SoftmaxSums<Real>>(part_rows * p.num_dims);
+  args.target_cosines = arena.take<Real>(args.parts > 1 ? wave_rows * p.num_dims : 0);
+  args.gradient_parts = arena.take<float>(s.wants_grad ? part_rows * p.dim : 0);
   args.cell_means = arena.take<Real>(cells);
   args.kl_means = arena.take<Real>(p.num_layers);
   args.cells = p.cells;
@@ -302,11 +324,13 @@ size_t loss_workspace_bytes(const LossParams<float>& params, const LossLaunch& h
 cudaError_t launch_loss(const LossParams<float>& params, const LossLaunch& how, void* workspace,
                         cudaStream_t stream) {
   const bool split = !how.allow_tf32;
-  if (how.tokens == nullptr) {
+  if (how.tokens == nullptr && how.type == StateType::kFloat) {
     return split ? launch_loss<void, double, true, true>(params, how, workspace, stream)
                  : launch_loss<void, double, false, false>(params, how, workspace, stream);
   }
   // Of half types the gradient is rounded to fewer bits than tf32 has; the loss is not, and has the scale before it.
+  if (how.tokens == nullptr)
+    return launch_loss<void, float, true, false>(params, how, workspace, stream);
   switch (how.type) {
     case StateType::kFloat:
       return split ? launch_loss<float, double, true, true>(params, how, workspace, stream)

@@ -163,9 +163,9 @@ M2D_DEVICE RowTerms<Real> row_terms(const LossArgs<Real>& p, bool is_pooled, int
     for (int e = 0; e < kBatch; ++e) {
       const int i = first + e;
       if (i >= used || s.weight(layer, i) == 0.0f) continue;
-      const int64_t place = prefix_of(s, set, layer, i, r);
-      inverse[e] = set.prefix[place];
-      squared[e] = set.prefix_squared[place];
+      const PrefixRow<Real> row = set.prefixes[prefix_of(s, set, layer, i, r)];
+      inverse[e] = row.inverse;
+      squared[e] = row.squared;
       sums[e] = cells.sums[i * cells.stride];
     }
 #pragma unroll
@@ -188,9 +188,10 @@ struct GradientTile {
   bool is_anchors;
   int first, rows;  // among the wave's anchors, or among all candidates
   ColumnBlock block;
+  int part;  // of the candidates that anchors multiply with
 };
 
-// The products with X. An anchor's run over the candidates; a candidate's over the wave's anchors.
+// The products with X. An anchor's run over a part of the candidates; a candidate's over the wave's anchors.
 template <bool kSplit, class Real>
 M2D_DEVICE void multiply_x(const LossArgs<Real>& p, const Wave& wave, const GradientTile& tile,
                            float* scratch, Accumulator& c) {
@@ -202,7 +203,9 @@ M2D_DEVICE void multiply_x(const LossArgs<Real>& p, const Wave& wave, const Grad
     const Operand delta{
         others.delta + row_of(others, tile.layer, first_candidate(p)) * s.dim + block.begin, s.dim,
         block.width};
-    multiply<kSplit, false, true>(x, delta, 0, s.num_candidates, scratch, c);
+    const int begin = tile.part * kPart;
+    multiply<kSplit, false, true>(x, delta, begin, min_of(begin + kPart, s.num_candidates), scratch,
+                                  c);
   } else {
     const Operand x{x_row(p, tile.w, block.k, 0) + tile.first, p.x_stride, tile.rows};
     const Operand delta{
@@ -243,53 +246,130 @@ M2D_DEVICE void finish_tile(const GradientRows<Real>& rows, const GradientTile& 
   }
 }
 
+// Of the rows of the tile that a block is at.
+template <class Real>
+M2D_DEVICE RowTerms<Real>* shared_terms() {
+  M2D_SHARED(RowTerms<Real>, terms, [kTile]);
+  return terms;
+}
+
+// Whose sums are complete: a candidate's with the last anchors.
+M2D_DEVICE bool is_complete(const Wave& wave, const GradientTile& tile) {
+  return tile.is_anchors || wave.is_last;
+}
+
+// Row 0 of the tile among the pooled rows, or the gathered.
+template <class Real>
+M2D_DEVICE int first_row(const LossArgs<Real>& p, const Wave& wave, const GradientTile& tile) {
+  return tile.is_anchors ? wave.first + tile.first : first_candidate(p) + tile.first;
+}
+
+template <class Real>
+M2D_DEVICE void load_terms(const LossArgs<Real>& p, const Wave& wave, const GradientTile& tile) {
+  const bool is_pooled = tile.is_anchors || !p.shape.gathered;
+  const int row = thread_index();
+  if (is_complete(wave, tile) && row < tile.rows) {
+    shared_terms<Real>()[row] =
+        row_terms(p, is_pooled, tile.layer, first_row(p, wave, tile) + row, tile.block.k);
+  }
+}
+
+// With the terms and sums in shared memory, which the block has written.
+template <class Real>
+M2D_DEVICE void finish_tile(const LossArgs<Real>& p, const Wave& wave, const GradientTile& tile,
+                            const float* sums) {
+  const bool is_pooled = tile.is_anchors || !p.shape.gathered;
+  const bool in_cells = tile.block.k < p.shape.used_dims[tile.layer];
+  const bool continues = in_cells && !tile.is_anchors && wave.first > 0;
+  const bool complete = is_complete(wave, tile);
+  const RowTerms<Real>* terms = shared_terms<Real>();
+  __syncthreads();
+  const GradientRows<Real> rows =
+      gradient_rows(p, is_pooled, tile.layer, first_row(p, wave, tile));
+  if (has_vectors(rows, tile.block)) {
+    finish_tile<4>(rows, tile, terms, sums, complete, continues);
+  } else {
+    finish_tile<1>(rows, tile, terms, sums, complete, continues);
+  }
+  __syncthreads();  // before the terms and sums of the next tile
+}
+
 template <bool kSplit, class Real>
 M2D_DEVICE void gradient_tile(const LossArgs<Real>& p, const Wave& wave, const GradientTile& tile,
                               float* scratch) {
-  M2D_SHARED(RowTerms<Real>, terms, [kTile]);
-  const bool is_pooled = tile.is_anchors || !p.shape.gathered;
-  const int first = tile.is_anchors ? wave.first + tile.first : first_candidate(p) + tile.first;
-  // The sum of a candidate's row is complete with the last anchors.
-  const bool is_complete = tile.is_anchors || wave.is_last;
-  const bool in_cells = tile.block.k < p.shape.used_dims[tile.layer];
-  const bool continues = in_cells && !tile.is_anchors && wave.first > 0;
-  const int thread = thread_index();
-  if (is_complete && thread < tile.rows)
-    terms[thread] = row_terms(p, is_pooled, tile.layer, first + thread, tile.block.k);
+  const bool is_part = tile.is_anchors && p.parts > 1;
+  if (!is_part) load_terms(p, wave, tile);
   Accumulator c;
   c.clear();
-  if (in_cells) multiply_x<kSplit>(p, wave, tile, scratch, c);
+  if (tile.block.k < p.shape.used_dims[tile.layer]) multiply_x<kSplit>(p, wave, tile, scratch, c);
+  if (is_part) {
+    float* out = gradient_part(p, tile.w, tile.part, tile.first) + tile.block.begin;
+    c.for_each(tile.rows, tile.block.width, [&](int row, int column, float value) {
+      out[static_cast<int64_t>(row) * p.shape.dim + column] = value;
+    });
+    return;
+  }
   // By way of shared memory, so that a thread has neighbouring columns, and the code of an element is there once.
   c.for_each(kTile, kTile, [&](int row, int column, float value) {
     scratch[row * kTileStride + column] = value;
   });
-  __syncthreads();
-  const GradientRows<Real> rows = gradient_rows(p, is_pooled, tile.layer, first);
-  if (has_vectors(rows, tile.block)) {
-    finish_tile<4>(rows, tile, terms, scratch, is_complete, continues);
-  } else {
-    finish_tile<1>(rows, tile, terms, scratch, is_complete, continues);
-  }
-  __syncthreads();  // before the terms and products of the next tile
+  finish_tile(p, wave, tile, scratch);
+}
+
+// Of the wave's anchors, in tiles of all column blocks, then of all candidates.
+template <class Real>
+M2D_DEVICE GradientTile gradient_tile_at(const LossArgs<Real>& p, const Wave& wave, int index) {
+  const int blocks = num_column_blocks(p.shape);
+  const int anchor_tiles = ceil_div(wave.num_anchors, kTile);
+  const int tiles = anchor_tiles * p.parts + ceil_div(p.shape.num_candidates, kTile);
+  const int w = index / blocks / tiles;
+  const int tile = index / blocks % tiles;
+  const bool is_anchors = tile < anchor_tiles * p.parts;
+  const int first = (is_anchors ? tile % anchor_tiles : tile - anchor_tiles * p.parts) * kTile;
+  const int count = is_anchors ? wave.num_anchors : p.shape.num_candidates;
+  return {w,
+          p.active[wave.first_layer + w],
+          is_anchors,
+          first,
+          min_of(kTile, count - first),
+          column_block(p.shape, index % blocks),
+          is_anchors ? tile / anchor_tiles : 0};
 }
 
 template <bool kSplit, class Real>
 M2D_DEVICE void gradients(const LossArgs<Real>& p, const Wave& wave, float* scratch) {
-  const GridShape& s = p.shape;
-  const int blocks = num_column_blocks(s);
-  const int anchor_tiles = ceil_div(wave.num_anchors, kTile);
-  const int tiles = anchor_tiles + ceil_div(s.num_candidates, kTile);
-  const int per_layer = tiles * blocks;
-  for (int item = blockIdx.x; item < wave.num_layers * per_layer; item += block_count()) {
-    const int w = item / per_layer;
-    const int tile = item % per_layer / blocks;
-    const bool is_anchors = tile < anchor_tiles;
-    const int first = (is_anchors ? tile : tile - anchor_tiles) * kTile;
-    const int count = is_anchors ? wave.num_anchors : s.num_candidates;
-    gradient_tile<kSplit>(p, wave,
-                          {w, p.active[wave.first_layer + w], is_anchors, first,
-                           min_of(kTile, count - first), column_block(s, item % blocks)},
-                          scratch);
+  const int tiles = ceil_div(wave.num_anchors, kTile) * p.parts +
+                    ceil_div(p.shape.num_candidates, kTile);
+  const int items = wave.num_layers * tiles * num_column_blocks(p.shape);
+  for (int item = blockIdx.x; item < items; item += block_count())
+    gradient_tile<kSplit>(p, wave, gradient_tile_at(p, wave, item), scratch);
+}
+
+// The parts of the anchors' sums, in order.
+template <class Real>
+M2D_DEVICE void merge_gradient_parts(const LossArgs<Real>& p, const Wave& wave, float* scratch) {
+  const int blocks = num_column_blocks(p.shape);
+  const int tiles = ceil_div(wave.num_anchors, kTile);
+  for (int item = blockIdx.x; item < wave.num_layers * tiles * blocks; item += block_count()) {
+    const int w = item / (tiles * blocks);
+    const int first = item / blocks % tiles * kTile;
+    const GradientTile tile{w,
+                            p.active[wave.first_layer + w],
+                            true,
+                            first,
+                            min_of(kTile, wave.num_anchors - first),
+                            column_block(p.shape, item % blocks),
+                            0};
+    load_terms(p, wave, tile);
+    for (int i = thread_index(); i < tile.rows * tile.block.width; i += kThreads) {
+      const int row = i / tile.block.width;
+      const int column = i % tile.block.width;
+      float sum = 0.0f;
+      for (int part = 0; part < p.parts; ++part)
+        sum += gradient_part(p, w, part, first + row)[tile.block.begin + column];
+      scratch[row * kTileStride + column] = sum;
+    }
+    finish_tile(p, wave, tile, scratch);
   }
 }
 

@@ -50,7 +50,7 @@ cudaError_t launch_pool_max_backward(const PoolParams& params, StateType type,
 struct LossLaunch {
   const PoolParams*
       tokens;       // nullptr: params.pooled is given. Else it is not, and is pooled from these
-  StateType type;   // of the tokens; kFloat where they are not given
+  StateType type;   // of the tokens, or of the pooled rows before they were widened
   bool allow_tf32;  // products in tf32 alone; gradients of half types always have them
 };
 

@@ -8,6 +8,47 @@
 namespace m2d::cuda {
 
 template <class Real>
+M2D_DEVICE Real exponential(Real s, Real max) {
+  return static_cast<Real>(expf(static_cast<float>(s - max)));
+}
+
+// Sums over candidates but for the target, of e = exp(Z - max), of which `max` may still grow. The gradient needs the
+// others' sum to full relative accuracy.
+template <class Real>
+struct alignas(4 * sizeof(Real)) SoftmaxSums {
+  Real max, others;
+  Real weighted;  // e i_j gamma_j
+  Real cosines;   // e C
+
+  M2D_DEVICE void raise(Real new_max) {
+    const Real factor = exponential(max, new_max);
+    others *= factor;
+    weighted *= factor;
+    cosines *= factor;
+    max = new_max;
+  }
+
+  M2D_DEVICE void add(SoftmaxSums other) {
+    if (other.max > max) raise(other.max);
+    if (max > other.max) other.raise(max);
+    others += other.others;
+    weighted += other.weighted;
+    cosines += other.cosines;
+  }
+
+  M2D_DEVICE void merge_lanes() {
+    const Real highest = warp_max(max);
+    if (max < highest) raise(highest);
+    others = warp_sum(others);
+    weighted = warp_sum(weighted);
+    cosines = warp_sum(cosines);
+  }
+};
+
+// What runs over all candidates of an anchor is summed in parts of so many, for the sake of more blocks and warps.
+constexpr int kPart = 1024;
+
+template <class Real>
 struct LossArgs {
   DeviceTokens tokens;
   bool row_vectors;  // of the tokens
@@ -19,11 +60,16 @@ struct LossArgs {
   int num_active;        // layers with cells
   int16_t active[kMaxLayers];
   int wave_layers, wave_anchors;
+  int parts;         // of kPart candidates
   float* x;          // (wave_layers, K, wave_anchors, x_stride): products of the chunks, then X
   int64_t x_stride;  // a multiple of 4
   AnchorCell<Real>* anchor_cells;  // (L, K, B)
   RowSums<Real>* anchor_sums;      // (L, K, B)
   RowSums<Real>* candidate_sums;   // (L, K, M)
+  // Where there is more than one part:
+  SoftmaxSums<Real>* cell_parts;  // (wave_layers, K, parts, wave_anchors)
+  Real* target_cosines;           // (wave_layers, K, wave_anchors)
+  float* gradient_parts;          // (wave_layers, parts, wave_anchors, D), X delta
   Real* cell_means;                // (L, K)
   Real* kl_means;                  // (L,)
   float* cells;                    // outputs
@@ -49,6 +95,11 @@ M2D_DEVICE int first_candidate(const LossArgs<Real>& p) {
 template <class Real>
 M2D_DEVICE float* x_row(const LossArgs<Real>& p, int w, int k, int i) {
   return p.x + ((static_cast<int64_t>(w) * p.shape.num_dims + k) * p.wave_anchors + i) * p.x_stride;
+}
+template <class Real>
+M2D_DEVICE float* gradient_part(const LossArgs<Real>& p, int w, int part, int i) {
+  return p.gradient_parts +
+         ((static_cast<int64_t>(w) * p.parts + part) * p.wave_anchors + i) * p.shape.dim;
 }
 M2D_DEVICE int64_t anchor_cell_of(const GridShape& s, int layer, int k, int anchor) {
   return (static_cast<int64_t>(layer) * s.num_dims + k) * s.num_anchors + anchor;
@@ -98,11 +149,6 @@ M2D_DEVICE Real warp_mean(int n, const Value& value) {
   Real sum = 0;
   for (int i = threadIdx.x % 32; i < n; i += 32) sum += value(i);
   return warp_sum(sum) / static_cast<Real>(n);
-}
-
-template <class Real>
-M2D_DEVICE Real exponential(Real s, Real max) {
-  return static_cast<Real>(expf(static_cast<float>(s - max)));
 }
 
 }  // namespace m2d::cuda

@@ -232,10 +232,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pooled_loss_op(
     double scale, double kl_temperature, bool normalize, double hardness, double own_hardness,
     bool needs_grad) {
   const StateType type = state_type(pooled.scalar_type());
-  TORCH_CHECK(type == StateType::kFloat, "pooled must be float32, got ", pooled.scalar_type());
   const c10::cuda::CUDAGuard guard(pooled.device());
   LossOutputs out =
-      run_loss(read_loss<float>(pooled, candidates, target_offset,
+      run_loss(read_loss<float>(accumulated(pooled), accumulated(candidates), target_offset,
                                 {weights, kl_weights, dims, num_columns, scale, kl_temperature,
                                  normalize, hardness, own_hardness, needs_grad}),
                nullptr, type);

@@ -10,6 +10,15 @@ namespace m2d::cuda {
 
 constexpr int kCenterSamples = 8;
 
+// A row in one prefix.
+template <class Real>
+struct alignas(4 * sizeof(Real)) PrefixRow {
+  Real inverse;  // i_k
+  Real squared;  // i_k^2, or 0 where the norm is clamped
+  Real along;    // <c, u>_k
+  Real gamma;
+};
+
 // Rows of one kind: the pooled rows, or gathered candidates. See math.h for the names.
 template <class Real>
 struct RowSet {
@@ -17,9 +26,7 @@ struct RowSet {
   float* delta;          // (L, count, D)
   float* grad;           // dP (L, count, D), nullptr where no gradient is wanted
   Real* full;            // (L, count), 1 / max(|P|, eps)
-  Real* prefix;          // (L, K, count), i_k
-  Real* prefix_squared;  // (L, K, count), i_k^2, or 0 where the norm is clamped
-  Real* along;           // (L, K, count), <c, u>_k
+  PrefixRow<Real>* prefixes;  // (L, K, count)
   float* gamma;          // (L, count)
   int count;
 };
@@ -153,9 +160,9 @@ M2D_DEVICE void compute_norms(const GridShape& s, const RowSet<Real>& set, int l
   const Real factor = s.normalize ? full : Real(1);
   const Real inverse = clamped_inverse_norm(prefix * factor * factor);
   const Real relative = inverse * factor / full;
-  const int64_t place = prefix_of(s, set, layer, lane, r);
-  set.prefix[place] = relative;
-  set.prefix_squared[place] = is_clamped(inverse) ? Real(0) : relative * relative;
+  PrefixRow<Real>& out = set.prefixes[prefix_of(s, set, layer, lane, r)];
+  out.inverse = relative;
+  out.squared = is_clamped(inverse) ? Real(0) : relative * relative;
 }
 
 // The text whose unit row is sample i of the layer's center, or -1: with fewer texts than samples, some are of no text.
@@ -222,7 +229,9 @@ M2D_DEVICE void center_row(const GridShape& s, const RowSet<Real>& set, const fl
   const bool longer = lane < s.used_dims[layer] && !(2 * my_along >= my_squared);
   const Real gamma = __any_sync(kAllLanes, longer) ? Real(0) : Real(1);
   if (lane < s.num_dims) {
-    set.along[prefix_of(s, set, layer, lane, r)] = my_along;
+    PrefixRow<Real>& out = set.prefixes[prefix_of(s, set, layer, lane, r)];
+    out.along = my_along;
+    out.gamma = gamma;
     if (center_squared != nullptr) center_squared[lane] = my_squared;
   }
   if (lane == 0) set.gamma[row] = static_cast<float>(gamma);

@@ -6,7 +6,11 @@
 
 #include "device.cuh"
 
+#ifndef M2D_KUNROLL
+#define M2D_KUNROLL 2
+#endif
 namespace m2d::cuda {
+constexpr int kUnroll = M2D_KUNROLL;
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
@@ -41,6 +45,13 @@ struct Accumulator {
       for (int i = 0; i < 4; ++i) values[n][i] = 0.0f;
   }
 
+  M2D_DEVICE void add(const Accumulator& other) {
+#pragma unroll
+    for (int n = 0; n < 4; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) values[n][i] += other.values[n][i];
+  }
+
   // body(row, column, C) for this thread's elements among the first `rows` and `columns`.
   template <class Body>
   M2D_DEVICE void for_each(int rows, int columns, const Body& body) const {
@@ -65,110 +76,140 @@ M2D_DEVICE bool is_aligned(const Operand& x) {
   return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.stride % 4 == 0;
 }
 
-// Elements (0..63, depth..depth+31) of an operand, 0 beyond its rows and `depth_end`.
-template <bool kByDepth, int kBytes>
-M2D_DEVICE void load_stage(const Operand& x, int thread, int depth, int depth_end, float* stage) {
-  constexpr int kCount = kBytes / 4;
-  constexpr int kInner = (kByDepth ? kTile : kDepth) / kCount;
-  const int inner_end = kByDepth ? x.rows : depth_end - depth;
-  const int outer_end = kByDepth ? depth_end - depth : x.rows;
-  const float* data = x.data + (kByDepth ? depth * x.stride : depth);
-#pragma unroll kBytes == 16 ? 2 : 1
-  for (int i = thread; i < kTile * kDepth / kCount; i += kThreads) {
-    const int outer = i / kInner;
-    const int inner = i % kInner * kCount;
-    int valid = outer < outer_end ? inner_end - inner : 0;
-    valid = valid < 0 ? 0 : valid > kCount ? kCount : valid;
-    const float* source = valid > 0 ? data + outer * x.stride + inner : x.data;
-    copy_async<kBytes>(stage + outer * (kByDepth ? kDepthStride : kRowStride) + inner, source,
-                       4 * valid);
-  }
-}
-
+// This thread's part of an operand's stages: four neighbours, one copy where they are aligned.
 template <bool kByDepth>
-M2D_DEVICE void load_stage(const Operand& x, bool aligned, int thread, int depth, int depth_end,
-                           float* stage) {
-  if (aligned) {
-    load_stage<kByDepth, 16>(x, thread, depth, depth_end, stage);
+struct StageCopies {
+  static constexpr int kVectors = (kByDepth ? kTile : kDepth) / 4;  // of a stage's row
+  static_assert(kTile * kDepth == 4 * kThreads);
+
+  const float* begin;  // of the operand: some address for what is not there
+  const float* source;
+  int64_t step;  // elements from one stage to the next
+  int place;     // in a stage
+  int left;      // depths from this thread's first one to the end
+  int count;     // elements of the four that exist, as far as rows go
+  bool aligned;
+
+  M2D_DEVICE StageCopies(const Operand& x, int depth_begin, int depth_end, int thread) {
+    const int outer = thread / kVectors;
+    const int inner = thread % kVectors * 4;
+    const int row = kByDepth ? inner : outer;
+    const int depth = kByDepth ? outer : inner;
+    begin = x.data;
+    source = begin + (kByDepth ? (depth_begin + depth) * x.stride + row
+                                : row * x.stride + depth_begin + depth);
+    step = kByDepth ? kDepth * x.stride : kDepth;
+    place = outer * (kByDepth ? kDepthStride : kRowStride) + inner;
+    left = depth_end - depth_begin - depth;
+    count = kByDepth ? x.rows - row : row < x.rows ? 4 : 0;
+    count = count < 0 ? 0 : count > 4 ? 4 : count;
+    aligned = is_aligned(x) && (kByDepth || depth_begin % 4 == 0);
+  }
+
+  // The next stage, 0 beyond the operand.
+  M2D_DEVICE void start(float* stage) {
+    int valid = kByDepth || left >= 4 ? count : left < count ? left : count;
+    if (left <= 0) valid = 0;
+    const float* from = valid > 0 ? source : begin;
+    if (aligned) {
+      copy_async<16>(stage + place, from, 4 * valid);
+    } else {
+#pragma unroll 1
+      for (int e = 0; e < 4; ++e)
+        copy_async<4>(stage + place + e, e < valid ? from + e : begin, e < valid ? 4 : 0);
+    }
+    source += step;
+    left -= kDepth;
+  }
+};
+
+// Elements of 16 rows and 8 depths as the tensor cores want them: with g = lane / 4, t = lane % 4,
+//   x = (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4)
+template <bool kByDepth>
+M2D_DEVICE void load_fragment(float (&x)[4], const float* stage, int first_row, int depth,
+                              int lane) {
+  if constexpr (kByDepth) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      x[i] = stage[(depth + lane % 4 + i / 2 * 4) * kDepthStride + first_row + lane / 4 + i % 2 * 8];
   } else {
-    load_stage<kByDepth, 4>(x, thread, depth, depth_end, stage);
+    load_rows(x, stage + first_row * kRowStride + depth, kRowStride, lane);
   }
-}
-
-template <bool kByDepth>
-M2D_DEVICE float stage_element(const float* stage, int row, int depth) {
-  return kByDepth ? stage[depth * kDepthStride + row] : stage[row * kRowStride + depth];
 }
 
 struct SplitFloat {
   uint32_t high, low;
 };
 
+// x - high is exact, and the tensor cores read its first 11 bits. NaN stays NaN in `low`, infinity in `high`.
 M2D_DEVICE SplitFloat split(float x) {
-  const uint32_t high = to_tf32(x);
-  return {high, to_tf32(x - __uint_as_float(high))};
+  const uint32_t high = (__float_as_uint(x) + kTf32Half) & kTf32Bits;
+  return {high, __float_as_uint(x - __uint_as_float(high))};
 }
 
-// The tensor cores cut what they add to the accumulator, always toward 0. With kSplit, where that counts, every 8 depths
-// are summed for themselves and added with rounding.
+// The tensor cores cut off the bits beyond tf32's, half a unit of its last place on average. Multiplied with
+// 1 + 1.4 2^-12 numbers are rounded as often up as down, those that tf32 has keep their value, and so do infinity and
+// NaN.
+M2D_DEVICE uint32_t unbiased(float x) {
+  return __float_as_uint(x * (1.0f + 1.4f / 4096));
+}
+
+// The tensor cores cut what they add to the accumulator, always toward 0. With kSplit, where that counts, a stage is
+// summed for itself and added with rounding.
 template <bool kSplit, bool kAByDepth, bool kBByDepth>
 M2D_DEVICE void multiply_stage(const float* a_stage, const float* b_stage, int thread,
                                Accumulator& c) {
   const int lane = thread % 32;
-  const int warp = thread / 32;
-  const int g = lane / 4;
-  const int t = lane % 4;
-#pragma unroll 1
+  const int first_row = thread / 32 % 4 * 16;
+  const int first_column = thread / 128 * 32;
+  Accumulator part;
+  if constexpr (kSplit) part.clear();
+#pragma unroll kUnroll
   for (int k = 0; k < kDepth; k += 8) {
+    float x[4];
+    load_fragment<kAByDepth>(x, a_stage, first_row, k, lane);
     uint32_t a_high[4], a_low[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const SplitFloat a = split(
-          stage_element<kAByDepth>(a_stage, warp % 4 * 16 + g + i % 2 * 8, k + t + i / 2 * 4));
-      a_high[i] = a.high;
-      a_low[i] = a.low;
+      if constexpr (kSplit) {
+        const SplitFloat a = split(x[i]);
+        a_high[i] = a.high;
+        a_low[i] = a.low;
+      } else {
+        a_high[i] = unbiased(x[i]);
+      }
     }
 #pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      uint32_t b_high[2], b_low[2];
+    for (int pair = 0; pair < 2; ++pair) {
+      float y[4];
+      load_fragment<kBByDepth>(y, b_stage, first_column + pair * 16, k, lane);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const SplitFloat b =
-            split(stage_element<kBByDepth>(b_stage, warp / 4 * 32 + n * 8 + g, k + t + i * 4));
-        b_high[i] = b.high;
-        b_low[i] = b.low;
-      }
-      if constexpr (kSplit) {
-        float part[4] = {};
-        mma_tf32(part, a_low, b_high);
-        mma_tf32(part, a_high, b_low);
-        mma_tf32(part, a_high, b_high);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) c.values[n][i] += part[i];
-      } else {
-        mma_tf32(c.values[n], a_high, b_high);
+        const int n = pair * 2 + i;
+        if constexpr (kSplit) {
+          const SplitFloat b0 = split(y[i]), b1 = split(y[i + 2]);
+          const uint32_t b_high[2] = {b0.high, b1.high}, b_low[2] = {b0.low, b1.low};
+          mma_tf32(part.values[n], a_low, b_high);
+          mma_tf32(part.values[n], a_high, b_low);
+          mma_tf32(part.values[n], a_high, b_high);
+        } else {
+          const uint32_t b_high[2] = {unbiased(y[i]), unbiased(y[i + 2])};
+          mma_tf32(c.values[n], a_high, b_high);
+        }
       }
     }
   }
+  if constexpr (kSplit) c.add(part);
 }
 
 // C += A B over depths [depth_begin, depth_end). All threads of the block; ends with shared memory free for reuse.
 template <bool kSplit, bool kAByDepth, bool kBByDepth>
 M2D_DEVICE void multiply(const Operand& a, const Operand& b, int depth_begin, int depth_end,
                          float* scratch, Accumulator& c) {
-  const bool a_aligned = is_aligned(a) && (kAByDepth || depth_begin % 4 == 0);
-  const bool b_aligned = is_aligned(b) && (kBByDepth || depth_begin % 4 == 0);
   const int thread = thread_index();
+  StageCopies<kAByDepth> a_copies(a, depth_begin, depth_end, thread);
+  StageCopies<kBByDepth> b_copies(b, depth_begin, depth_end, thread);
   const int stages = (depth_end - depth_begin + kDepth - 1) / kDepth;
-  const auto load = [&](int stage) {
-    if (stage < stages) {
-      float* place = scratch + stage % kStages * (2 * kStageSize);
-      const int depth = depth_begin + stage * kDepth;
-      load_stage<kAByDepth>(a, a_aligned, thread, depth, depth_end, place);
-      load_stage<kBByDepth>(b, b_aligned, thread, depth, depth_end, place + kStageSize);
-    }
-    commit_copies();
-  };
   // The first rounds only load: one copy of that code.
 #pragma unroll 1
   for (int stage = 1 - kStages; stage < stages; ++stage) {
@@ -176,8 +217,14 @@ M2D_DEVICE void multiply(const Operand& a, const Operand& b, int depth_begin, in
       wait_copies<kStages - 2>();
       __syncthreads();
     }
-    // Where the stage before this one was, which all threads are done with.
-    load(stage + kStages - 1);
+    const int next = stage + kStages - 1;
+    if (next < stages) {
+      // Where the stage before this one was, which all threads are done with.
+      float* place = scratch + next % kStages * (2 * kStageSize);
+      a_copies.start(place);
+      b_copies.start(place + kStageSize);
+    }
+    commit_copies();
     if (stage < 0) continue;
     const float* place = scratch + stage % kStages * (2 * kStageSize);
     multiply_stage<kSplit, kAByDepth, kBByDepth>(place, place + kStageSize, thread, c);

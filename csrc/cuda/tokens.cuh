@@ -229,8 +229,10 @@ M2D_DEVICE void store_row(const DeviceTokens& tokens, int row, int begin, const 
 // threads of a block. The tokens stream through shared memory, without a pause from one row to the next: while a lap is
 // summed, the vectors of the next are on their way, and so are the coefficients of the one after. Each thread reads what
 // it has copied itself, so that nobody waits for others before the end of a row. Tokens of coefficient 0 are not read.
-template <class Scalar>
-M2D_DEVICE void stream_rows(const DeviceTokens& tokens, float* scratch, float* out) {
+// All threads call on_row(row) once the block can read that row.
+template <class Scalar, class OnRow>
+M2D_DEVICE void stream_rows(const DeviceTokens& tokens, float* scratch, float* out,
+                            const OnRow& on_row) {
   constexpr int kCount = RowShares<Scalar, true>::kCount;
   const int rows = tokens.num_layers * tokens.num_texts;
   RowVector<Scalar>* slots = reinterpret_cast<RowVector<Scalar>*>(scratch) + thread_index();
@@ -274,6 +276,7 @@ M2D_DEVICE void stream_rows(const DeviceTokens& tokens, float* scratch, float* o
       store_row<Scalar>(tokens, current.row, current.begin, sums, row_scratch, out);
 #pragma unroll
       for (int e = 0; e < kCount; ++e) sums[e] = 0.0f;
+      if (next.row != current.row) on_row(current.row);
     }
     current = next;
     next = after;
@@ -298,17 +301,6 @@ M2D_DEVICE void sum_rows(const DeviceTokens& tokens, float* out) {
       out[static_cast<int64_t>(row) * tokens.dim + d] = sum;
     }
   }
-}
-
-// Ends with the rows visible to the block.
-template <class Scalar, bool kVectors>
-M2D_DEVICE void pool_rows(const DeviceTokens& tokens, float* scratch, float* out) {
-  if constexpr (kVectors) {
-    stream_rows<Scalar>(tokens, scratch, out);
-  } else {
-    sum_rows<Scalar>(tokens, out);
-  }
-  __syncthreads();
 }
 
 }  // namespace m2d::cuda

@@ -262,6 +262,7 @@ cudaError_t run_loss(const Arrays& problem, Memory& memory, Arrays& results) {
   p.pooled = {nullptr, p.num_texts * p.dim, p.num_texts};
   if (problem.has("pooled")) {
     p.pooled.data = static_cast<const float*>(memory.input(problem.bytes("pooled"), shift));
+    if (problem.integer("were_half") != 0) how.type = StateType::kBFloat16;
   } else {
     tokens = std::make_unique<Tokens>(problem, memory, true);
     if (!m2d::cuda::fits(tokens->params)) stop(2, "the tokens do not fit");
