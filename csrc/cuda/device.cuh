@@ -165,23 +165,27 @@ M2D_DEVICE void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
 #endif
 }
 
-// Asynchronous copy of kBytes (4 or 16) to shared memory, of which the first `valid` are read and the others 0.
+// Asynchronous copy of kBytes (4 or 16) to shared memory, or of zeros: the source is read only where it is `present`.
 template <int kBytes>
-M2D_DEVICE void copy_async(void* target, const void* source, int valid M2D_SITE) {
+M2D_DEVICE void copy_async(void* target, const void* source, bool present M2D_SITE) {
   static_assert(kBytes == 4 || kBytes == 16);
 #ifdef M2D_EMULATE
-  simt::cp_async(target, source, kBytes, valid, SIMT_SITE);
+  simt::cp_async(target, source, kBytes, present, SIMT_SITE);
 #else
   const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(target));
   const size_t global = __cvta_generic_to_global(source);
   if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared), "l"(global),
-                 "r"(valid)
-                 : "memory");
+    asm volatile(
+        "{\n.reg .pred ignored;\nsetp.eq.u32 ignored, %2, 0;\n"
+        "cp.async.cg.shared.global [%0], [%1], 16, ignored;\n}\n" ::"r"(shared),
+        "l"(global), "r"(static_cast<uint32_t>(present))
+        : "memory");
   } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(shared), "l"(global),
-                 "r"(valid)
-                 : "memory");
+    asm volatile(
+        "{\n.reg .pred ignored;\nsetp.eq.u32 ignored, %2, 0;\n"
+        "cp.async.ca.shared.global [%0], [%1], 4, ignored;\n}\n" ::"r"(shared),
+        "l"(global), "r"(static_cast<uint32_t>(present))
+        : "memory");
   }
 #endif
 }

@@ -30,41 +30,58 @@ static_assert(kPoolThreads == kThreads);
 
 // ---- pool, centers, center ----
 
-template <class Real>
-M2D_DEVICE void norms(const LossArgs<Real>& p, const RowSet<Real>& set) {
-  for_each_row(p, set, [&](int layer, int r) { compute_norms(p.shape, set, layer, r); });
-}
-
-// P of this block's rows and its norms: of each row as soon as it is there, by one warp, while the others go on.
 template <class Scalar, class Real>
 M2D_DEVICE void pool(const LossArgs<Real>& p, float* scratch) {
   if (p.row_vectors) {
-    stream_rows<Scalar>(p.tokens, scratch, p.pooled.delta, [&](int row) {
-      const int turn = row / block_count();
-      if (thread_index() / 32 == turn % kWarps)
-        compute_norms(p.shape, p.pooled, row / p.shape.num_texts, row % p.shape.num_texts);
-    });
+    pool_rows<Scalar, true>(p.tokens, scratch, p.pooled.delta);
   } else {
-    sum_rows<Scalar>(p.tokens, p.pooled.delta);
-    __syncthreads();
-    norms(p, p.pooled);
+    pool_rows<Scalar, false>(p.tokens, scratch, p.pooled.delta);
   }
 }
 
+// Of rows that this very block has pooled: no barrier in between.
+template <class Real>
+M2D_DEVICE void norms(const LossArgs<Real>& p) {
+  const GridShape& s = p.shape;
+  for_each_row(p, p.pooled, [&](int layer, int r) { compute_norms(s, p.pooled, layer, r); });
+  for_each_row(p, p.gathered, [&](int layer, int r) { compute_norms(s, p.gathered, layer, r); });
+}
+
+// A block per layer and chunk, and what no prefix covers.
 template <class Real>
 M2D_DEVICE void centers(const LossArgs<Real>& p) {
-  const int count = p.shape.num_layers * p.shape.dim;
-  for (int i = blockIdx.x * kThreads + thread_index(); i < count; i += gridDim.x * kThreads)
-    p.centers[i] = center_element(p.shape, p.pooled, i / p.shape.dim, i % p.shape.dim);
+  const GridShape& s = p.shape;
+  const int chunks = s.num_dims + 1;
+  M2D_SHARED(Real, sums, [kWarps]);
+  for (int item = blockIdx.x; item < s.num_layers * chunks; item += block_count()) {
+    const int layer = item / chunks;
+    const int k = item % chunks;
+    const int thread = thread_index();
+    Real squared = 0;
+    for (int d = s.chunk_begin(k) + thread; d < s.chunk_end(k); d += kThreads) {
+      const float element = center_element(s, p.pooled, layer, d);
+      p.centers[static_cast<int64_t>(layer) * s.dim + d] = element;
+      squared += static_cast<Real>(element) * static_cast<Real>(element);
+    }
+    squared = warp_sum(squared);
+    if (thread % 32 == 0) sums[thread / 32] = squared;
+    __syncthreads();
+    if (thread == 0 && k < s.num_dims) {
+      squared = 0;
+      for (int warp = 0; warp < kWarps; ++warp) squared += sums[warp];
+      p.center_chunks[layer * s.num_dims + k] = squared;
+    }
+    __syncthreads();
+  }
 }
 
 template <class Real>
 M2D_DEVICE void center_rows(const LossArgs<Real>& p, const RowSet<Real>& set, bool is_pooled) {
   const GridShape& s = p.shape;
   for_each_row(p, set, [&](int layer, int r) {
-    Real* squared = p.center_squared + static_cast<int64_t>(layer) * s.num_dims;
-    center_row(s, set, p.centers + static_cast<int64_t>(layer) * s.dim,
-               is_pooled && r == 0 ? squared : nullptr, layer, r);
+    const int64_t first = static_cast<int64_t>(layer) * s.num_dims;
+    center_row(s, set, p.centers + static_cast<int64_t>(layer) * s.dim, p.center_chunks + first,
+               is_pooled && r == 0 ? p.center_squared + first : nullptr, layer, r);
   });
 }
 
@@ -150,12 +167,8 @@ template <class Scalar, class Real, bool kSplitCells, bool kSplitGradients>
 __global__ void __launch_bounds__(kThreads, kBlocksOfProcessor)
     loss_kernel(const __grid_constant__ LossArgs<Real> p) {
   M2D_SHARED(float, scratch, [kScratch]);
-  if constexpr (std::is_void_v<Scalar>) {
-    norms(p, p.pooled);
-    norms(p, p.gathered);
-  } else {
-    pool<Scalar>(p, scratch);
-  }
+  if constexpr (!std::is_void_v<Scalar>) pool<Scalar>(p, scratch);
+  norms(p);
   grid_sync();
   centers(p);
   grid_sync();
@@ -264,6 +277,7 @@ LossArgs<Real> loss_args(const LossParams<float>& p, Arena& arena) {
   args.gathered =
       row_set<Real>(p, p.candidates, p.candidate_grad, p.gathered ? p.num_candidates : 0, arena);
   args.centers = arena.take<float>(p.num_layers * p.dim);
+  args.center_chunks = arena.take<Real>(p.num_layers * p.num_dims);
   args.center_squared = arena.take<Real>(p.num_layers * p.num_dims);
   args.kl_rows = arena.take<KlRow<Real>>(s.has_kl ? p.num_layers * p.num_texts : 0);
   args.x_stride = (p.num_candidates + 3) / 4 * 4;  // rows of whole 16-byte vectors

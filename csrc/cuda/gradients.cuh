@@ -228,7 +228,7 @@ M2D_DEVICE void finish_tile(const GradientRows<Real>& rows, const GradientTile& 
                             const RowTerms<Real>* terms, const float* sums, bool is_complete,
                             bool continues) {
   constexpr int kVectors = kTile / kCount;
-#pragma unroll 1
+#pragma unroll 2
   for (int i = thread_index(); i < tile.rows * kVectors; i += kThreads) {
     const int row = i / kVectors;
     const int column = i % kVectors * kCount;
@@ -345,19 +345,21 @@ M2D_DEVICE void gradients(const LossArgs<Real>& p, const Wave& wave, float* scra
     gradient_tile<kSplit>(p, wave, gradient_tile_at(p, wave, item), scratch);
 }
 
+constexpr int kMergeRows = 16;  // so few that all blocks have some
+
 // The parts of the anchors' sums, in order.
 template <class Real>
 M2D_DEVICE void merge_gradient_parts(const LossArgs<Real>& p, const Wave& wave, float* scratch) {
   const int blocks = num_column_blocks(p.shape);
-  const int tiles = ceil_div(wave.num_anchors, kTile);
+  const int tiles = ceil_div(wave.num_anchors, kMergeRows);
   for (int item = blockIdx.x; item < wave.num_layers * tiles * blocks; item += block_count()) {
     const int w = item / (tiles * blocks);
-    const int first = item / blocks % tiles * kTile;
+    const int first = item / blocks % tiles * kMergeRows;
     const GradientTile tile{w,
                             p.active[wave.first_layer + w],
                             true,
                             first,
-                            min_of(kTile, wave.num_anchors - first),
+                            min_of(kMergeRows, wave.num_anchors - first),
                             column_block(p.shape, item % blocks),
                             0};
     load_terms(p, wave, tile);

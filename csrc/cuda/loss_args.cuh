@@ -55,6 +55,7 @@ struct LossArgs {
   GridShape shape;
   RowSet<Real> pooled, gathered;
   float* centers;        // (L, D)
+  Real* center_chunks;   // (L, K), |c|^2 of each chunk
   Real* center_squared;  // (L, K), |c_k|^2
   KlRow<Real>* kl_rows;  // (L, N)
   int num_active;        // layers with cells

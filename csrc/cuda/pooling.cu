@@ -13,11 +13,7 @@ template <class Scalar, bool kVectors>
 __global__ void __launch_bounds__(kPoolThreads)
     pool_kernel(const __grid_constant__ DeviceTokens tokens, float* pooled) {
   M2D_SHARED(float, scratch, [kPoolScratch]);
-  if constexpr (kVectors) {
-    stream_rows<Scalar>(tokens, scratch, pooled, [](int) {});
-  } else {
-    sum_rows<Scalar>(tokens, pooled);
-  }
+  pool_rows<Scalar, kVectors>(tokens, scratch, pooled);
 }
 
 // A thread per column: the maximum over tokens whose coefficient is not 0, NaN the largest, the first of equals.

@@ -190,17 +190,16 @@ M2D_DEVICE float center_element(const GridShape& s, const RowSet<Real>& pooled, 
   return counted > 0.0f ? static_cast<float>(sum / static_cast<Real>(counted)) : 0.0f;
 }
 
-// <c, u> of every prefix, gamma, and delta of row r, by one warp; text 0 also leaves |c|^2 of every prefix. delta may lie
-// where P was.
+// <c, u> of every prefix, gamma, and delta of row r, by one warp; `center_chunks` is |c|^2 of every chunk, and whoever
+// asks for it gets that of every prefix. delta may lie where P was.
 template <class Real>
 M2D_DEVICE void center_row(const GridShape& s, const RowSet<Real>& set, const float* center,
-                           Real* center_squared, int layer, int r) {
+                           const Real* center_chunks, Real* center_squared, int layer, int r) {
   const int lane = threadIdx.x % 32;
   const int64_t row = row_of(set, layer, r);
   const float* pooled = set.pooled + row * s.dim;
   const Real full = set.full[row];
   Real along_chunk = 0;
-  Real squared_chunk = 0;
   for (int begin = 0; begin < s.dim; begin += kRowPanel) {
     RowPanel x, c;
     x.load(pooled, begin, s.dim);
@@ -211,13 +210,10 @@ M2D_DEVICE void center_row(const GridShape& s, const RowSet<Real>& set, const fl
       const Real along = chunk_sum<Real>(s, k, begin, [&](int i) {
         return static_cast<Real>(c.x[i]) * static_cast<Real>(x.x[i]);
       });
-      const Real squared = chunk_sum<Real>(s, k, begin, [&](int i) {
-        return static_cast<Real>(c.x[i]) * static_cast<Real>(c.x[i]);
-      });
       if (lane == k) along_chunk += along;
-      if (lane == k) squared_chunk += squared;
     }
   }
+  const Real squared_chunk = lane < s.num_dims ? center_chunks[lane] : Real(0);
   Real along = 0, squared = 0;
   Real my_along = 0, my_squared = 0;
   for (int k = 0; k < s.num_dims; ++k) {

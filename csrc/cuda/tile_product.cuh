@@ -6,23 +6,17 @@
 
 #include "device.cuh"
 
-#ifndef M2D_KUNROLL
-#define M2D_KUNROLL 2
-#endif
 namespace m2d::cuda {
-constexpr int kUnroll = M2D_KUNROLL;
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kBlocksOfProcessor = 2;  // at least; by registers
 constexpr int kTile = 64;              // rows and columns of a block's tile: 4 x 2 warps of 16 x 32
-constexpr int kDepth = 16;             // of one stage
-constexpr int kStages = 4;             // of which three are on their way while one is multiplied
-constexpr int kRowStride =
-    kDepth + 4;  // [64][20]: fragments meet 32 different banks, and so they do in
-constexpr int kDepthStride = kTile + 8;  // [16][72]
-constexpr int kTileStride =
-    kTile + 8;  // of a tile in shared memory; pairs of a fragment meet different banks
+constexpr int kDepth = 32;             // of one stage
+constexpr int kStages = 2;             // one is on its way while the other is multiplied
+constexpr int kRowStride = kDepth + 4;   // [64][36]: fragments meet 32 different banks, and so they do in
+constexpr int kDepthStride = kTile + 8;  // [32][72]
+constexpr int kTileStride = kTile + 8;   // of a tile in shared memory; pairs of a fragment too
 constexpr int kStageSize = kTile * kRowStride;
 static_assert(kDepth * kDepthStride <= kStageSize);
 constexpr int kTileScratch = 2 * kStages * kStageSize;  // floats of shared memory: two operands
@@ -76,50 +70,50 @@ M2D_DEVICE bool is_aligned(const Operand& x) {
   return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.stride % 4 == 0;
 }
 
-// This thread's part of an operand's stages: four neighbours, one copy where they are aligned.
+// This thread's part of an operand's stages: four neighbours each of some rows, or depths, kStep apart. One copy where
+// all fours are whole and aligned.
 template <bool kByDepth>
 struct StageCopies {
-  static constexpr int kVectors = (kByDepth ? kTile : kDepth) / 4;  // of a stage's row
-  static_assert(kTile * kDepth == 4 * kThreads);
+  static constexpr int kVectors = (kByDepth ? kTile : kDepth) / 4;  // side by side
+  static constexpr int kStep = kThreads / kVectors;
+  static constexpr int kCopies = kTile * kDepth / (4 * kThreads);
 
-  const float* begin;  // of the operand: some address for what is not there
   const float* source;
-  int64_t step;  // elements from one stage to the next
-  int place;     // in a stage
-  int left;      // depths from this thread's first one to the end
-  int count;     // elements of the four that exist, as far as rows go
-  bool aligned;
+  int64_t across, ahead;  // elements from one of the rows or depths to the next, and to the next stage
+  int place;              // in a stage
+  int rows, depths;       // from this thread's first element to the end
+  bool vectors;
 
   M2D_DEVICE StageCopies(const Operand& x, int depth_begin, int depth_end, int thread) {
     const int outer = thread / kVectors;
     const int inner = thread % kVectors * 4;
-    const int row = kByDepth ? inner : outer;
-    const int depth = kByDepth ? outer : inner;
-    begin = x.data;
-    source = begin + (kByDepth ? (depth_begin + depth) * x.stride + row
-                                : row * x.stride + depth_begin + depth);
-    step = kByDepth ? kDepth * x.stride : kDepth;
+    rows = x.rows - (kByDepth ? inner : outer);
+    depths = depth_end - depth_begin - (kByDepth ? outer : inner);
+    source = x.data + (kByDepth ? depth_begin + outer : outer) * x.stride +
+             (kByDepth ? inner : depth_begin + inner);
+    across = kStep * x.stride;
+    ahead = kByDepth ? kDepth * x.stride : kDepth;
     place = outer * (kByDepth ? kDepthStride : kRowStride) + inner;
-    left = depth_end - depth_begin - depth;
-    count = kByDepth ? x.rows - row : row < x.rows ? 4 : 0;
-    count = count < 0 ? 0 : count > 4 ? 4 : count;
-    aligned = is_aligned(x) && (kByDepth || depth_begin % 4 == 0);
+    vectors = is_aligned(x) && (kByDepth ? x.rows : depth_begin | depth_end) % 4 == 0;
   }
 
   // The next stage, 0 beyond the operand.
   M2D_DEVICE void start(float* stage) {
-    int valid = kByDepth || left >= 4 ? count : left < count ? left : count;
-    if (left <= 0) valid = 0;
-    const float* from = valid > 0 ? source : begin;
-    if (aligned) {
-      copy_async<16>(stage + place, from, 4 * valid);
-    } else {
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      const float* from = source + i * across;
+      float* to = stage + place + i * kStep * (kByDepth ? kDepthStride : kRowStride);
+      const int present =
+          (kByDepth ? depths : rows) > i * kStep ? (kByDepth ? rows : depths) : 0;  // of the four
+      if (vectors) {
+        copy_async<16>(to, from, present > 0);
+      } else {
 #pragma unroll 1
-      for (int e = 0; e < 4; ++e)
-        copy_async<4>(stage + place + e, e < valid ? from + e : begin, e < valid ? 4 : 0);
+        for (int e = 0; e < 4; ++e) copy_async<4>(to + e, from + e, e < present);
+      }
     }
-    source += step;
-    left -= kDepth;
+    source += ahead;
+    depths -= kDepth;
   }
 };
 
@@ -164,7 +158,7 @@ M2D_DEVICE void multiply_stage(const float* a_stage, const float* b_stage, int t
   const int first_column = thread / 128 * 32;
   Accumulator part;
   if constexpr (kSplit) part.clear();
-#pragma unroll kUnroll
+#pragma unroll
   for (int k = 0; k < kDepth; k += 8) {
     float x[4];
     load_fragment<kAByDepth>(x, a_stage, first_row, k, lane);

@@ -88,6 +88,22 @@ union RowVector {
   M2D_DEVICE RowVector() : bits{0, 0, 0, 0} {}
 };
 
+// Its elements as floats.
+template <class Scalar>
+M2D_DEVICE void to_floats(const RowVector<Scalar>& x, float (&out)[RowVector<Scalar>::kCount]) {
+#pragma unroll
+  for (int e = 0; e < RowVector<Scalar>::kCount; ++e) out[e] = to_float(x.elements[e]);
+}
+// A bfloat16 is the first half of a float.
+M2D_DEVICE void to_floats(const RowVector<__nv_bfloat16>& x, float (&out)[8]) {
+  const uint32_t words[4] = {x.bits.x, x.bits.y, x.bits.z, x.bits.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    out[2 * i] = __uint_as_float(words[i] << 16);
+    out[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+  }
+}
+
 // The tokens of one text in one layer.
 template <class Scalar>
 struct Text {
@@ -143,10 +159,11 @@ struct alignas(4 * kCount) FloatVector {
 constexpr int kPoolThreads = 256;
 // Steps of a lap: so many vectors of each thread are on their way at any time.
 constexpr int kPoolSteps = 8;
+constexpr int kPoolCommit = 2;  // steps whose copies are waited for together
 // Floats of shared memory: those vectors, and a sum per column.
 constexpr int kPoolScratch = kPoolThreads * kPoolSteps * 4 + kPoolThreads * 8;
 
-// Some tokens of a row: in each step, every group of threads takes one. A row is so many laps long.
+// Some tokens of a row: each group of threads takes so many neighbours as a lap has steps. A row is so many laps long.
 template <class Scalar>
 struct PoolLap {
   using Shares = RowShares<Scalar, true>;
@@ -154,22 +171,25 @@ struct PoolLap {
   int lap, laps;              // of the row's panel of columns
   const Scalar* source;       // this thread's vector of its first token
   const float* coefficients;  // from its first token on
-  int64_t left;               // tokens from there to the end; none for a thread without a group
-  int64_t source_step;        // elements from one step to the next
-  int step;                   // tokens from one step to the next
+  int left;                   // tokens from there to the end; none for a thread without a group
+  int tokens_of_lap;
+  int64_t token_stride;
 
   M2D_DEVICE void start(const DeviceTokens& tokens) {
+    left = 0;
     if (row >= tokens.num_layers * tokens.num_texts) return;
     const Text<Scalar> text =
         find_text<Scalar>(tokens, row / tokens.num_texts, row % tokens.num_texts);
     const Shares shares(tokens.dim, begin, kPoolThreads);
-    step = shares.num_groups;
+    const int count = static_cast<int>(text.count);
+    const int first = shares.group * kPoolSteps;
+    tokens_of_lap = shares.num_groups * kPoolSteps;
     lap = 0;
-    laps = (static_cast<int>(text.count) + step * kPoolSteps - 1) / (step * kPoolSteps);
-    source_step = step * text.token_stride;
-    source = text.tokens + shares.group * text.token_stride + shares.column;
-    coefficients = text.coefficients + shares.group;
-    left = shares.group < step ? static_cast<int>(text.count) - shares.group : 0;
+    laps = (count + tokens_of_lap - 1) / tokens_of_lap;
+    token_stride = text.token_stride;
+    source = text.tokens + first * token_stride + shares.column;
+    coefficients = text.coefficients + first;
+    if (shares.group < shares.num_groups) left = count - first;
   }
 
   M2D_DEVICE bool is_last() const { return lap + 1 >= laps; }
@@ -178,9 +198,9 @@ struct PoolLap {
     PoolLap result = *this;
     if (!is_last()) {
       ++result.lap;
-      result.source += source_step * kPoolSteps;
-      result.coefficients += step * kPoolSteps;
-      result.left -= step * kPoolSteps;
+      result.source += tokens_of_lap * token_stride;
+      result.coefficients += tokens_of_lap;
+      result.left -= tokens_of_lap;
       return result;
     }
     result.begin += kPoolThreads * Shares::kCount;
@@ -193,9 +213,7 @@ struct PoolLap {
   }
 
   // 0 where there is no token.
-  M2D_DEVICE float coefficient(int i, int rows) const {
-    return row < rows && i * step < left ? coefficients[i * step] : 0.0f;
-  }
+  M2D_DEVICE float coefficient(int i) const { return i < left ? coefficients[i] : 0.0f; }
 };
 
 // The groups' sums of one panel of a row, in order, to where P is.
@@ -229,10 +247,8 @@ M2D_DEVICE void store_row(const DeviceTokens& tokens, int row, int begin, const 
 // threads of a block. The tokens stream through shared memory, without a pause from one row to the next: while a lap is
 // summed, the vectors of the next are on their way, and so are the coefficients of the one after. Each thread reads what
 // it has copied itself, so that nobody waits for others before the end of a row. Tokens of coefficient 0 are not read.
-// All threads call on_row(row) once the block can read that row.
-template <class Scalar, class OnRow>
-M2D_DEVICE void stream_rows(const DeviceTokens& tokens, float* scratch, float* out,
-                            const OnRow& on_row) {
+template <class Scalar>
+M2D_DEVICE void stream_rows(const DeviceTokens& tokens, float* scratch, float* out) {
   constexpr int kCount = RowShares<Scalar, true>::kCount;
   const int rows = tokens.num_layers * tokens.num_texts;
   RowVector<Scalar>* slots = reinterpret_cast<RowVector<Scalar>*>(scratch) + thread_index();
@@ -242,16 +258,16 @@ M2D_DEVICE void stream_rows(const DeviceTokens& tokens, float* scratch, float* o
   current.start(tokens);
   float a[kPoolSteps], next_a[kPoolSteps];
 #pragma unroll
-  for (int i = 0; i < kPoolSteps; ++i) a[i] = current.coefficient(i, rows);
+  for (int i = 0; i < kPoolSteps; ++i) a[i] = current.coefficient(i);
 #pragma unroll
   for (int i = 0; i < kPoolSteps; ++i) {
-    if (a[i] != 0.0f)
-      copy_async<16>(slots + i * kPoolThreads, current.source + i * current.source_step, 16);
-    commit_copies();
+    copy_async<16>(slots + i * kPoolThreads, current.source + i * current.token_stride,
+                       a[i] != 0.0f);
+    if (i % kPoolCommit == kPoolCommit - 1) commit_copies();
   }
   PoolLap<Scalar> next = current.row < rows ? current.next(tokens) : current;
 #pragma unroll
-  for (int i = 0; i < kPoolSteps; ++i) next_a[i] = next.coefficient(i, rows);
+  for (int i = 0; i < kPoolSteps; ++i) next_a[i] = next.coefficient(i);
   float sums[kCount] = {};
 #pragma unroll 1
   while (current.row < rows) {
@@ -259,24 +275,22 @@ M2D_DEVICE void stream_rows(const DeviceTokens& tokens, float* scratch, float* o
     const Scalar* source = next.source;
 #pragma unroll
     for (int i = 0; i < kPoolSteps; ++i) {
-      wait_copies<kPoolSteps - 1>();
+      if (i % kPoolCommit == 0) wait_copies<kPoolSteps / kPoolCommit - 1>();
       RowVector<Scalar>* slot = slots + i * kPoolThreads;
-      if (a[i] != 0.0f) {
-        const RowVector<Scalar> x = *slot;
+      float x[kCount];
+      to_floats(*slot, x);
 #pragma unroll
-        for (int e = 0; e < kCount; ++e) sums[e] += a[i] * to_float(x.elements[e]);
-      }
+      for (int e = 0; e < kCount; ++e) sums[e] += a[i] * x[e];
       a[i] = next_a[i];
-      if (a[i] != 0.0f) copy_async<16>(slot, source, 16);
-      commit_copies();
-      source += next.source_step;
-      next_a[i] = after.coefficient(i, rows);
+      copy_async<16>(slot, source, a[i] != 0.0f);
+      if (i % kPoolCommit == kPoolCommit - 1) commit_copies();
+      source += next.token_stride;
+      next_a[i] = after.coefficient(i);
     }
     if (current.is_last()) {
       store_row<Scalar>(tokens, current.row, current.begin, sums, row_scratch, out);
 #pragma unroll
       for (int e = 0; e < kCount; ++e) sums[e] = 0.0f;
-      if (next.row != current.row) on_row(current.row);
     }
     current = next;
     next = after;
@@ -301,6 +315,17 @@ M2D_DEVICE void sum_rows(const DeviceTokens& tokens, float* out) {
       out[static_cast<int64_t>(row) * tokens.dim + d] = sum;
     }
   }
+}
+
+// Ends with the rows visible to the block.
+template <class Scalar, bool kVectors>
+M2D_DEVICE void pool_rows(const DeviceTokens& tokens, float* scratch, float* out) {
+  if constexpr (kVectors) {
+    stream_rows<Scalar>(tokens, scratch, out);
+  } else {
+    sum_rows<Scalar>(tokens, out);
+  }
+  __syncthreads();
 }
 
 }  // namespace m2d::cuda

@@ -99,7 +99,7 @@ using Word = uint32_t __attribute__((may_alias));
 struct AsyncCopy {
   Word* target;
   const Word* source;
-  unsigned words, valid_words;
+  unsigned words, present_words;
   bool early;  // whether the source is read at issue; else at the wait
   uint32_t values[4];
 };
@@ -114,22 +114,22 @@ bool coin();
 void poison(void* begin, size_t size, bool on);  // for AddressSanitizer, where it is there
 
 // Word by word: ThreadSanitizer does not see a small memcpy that the compiler expands.
-inline void cp_async(void* target, const void* source, int size, int valid, Site site) {
+inline void cp_async(void* target, const void* source, int size, bool present, Site site) {
   if (size != 4 && size != 8 && size != 16) fail(site, "copy of %d bytes", size);
-  if (valid < 0 || valid > size || valid % 4 != 0) fail(site, "copy with %d valid bytes", valid);
-  if ((reinterpret_cast<uintptr_t>(target) | reinterpret_cast<uintptr_t>(source)) % size != 0)
-    fail(site, "misaligned copy of %d bytes", size);
+  const uintptr_t addresses =
+      reinterpret_cast<uintptr_t>(target) | (present ? reinterpret_cast<uintptr_t>(source) : 0);
+  if (addresses % size != 0) fail(site, "misaligned copy of %d bytes", size);
   if (!is_shared(target, size)) fail(site, "copy to outside this block's shared memory");
-  if (is_shared(source, valid)) fail(site, "copy from shared memory");
+  if (present && is_shared(source, size)) fail(site, "copy from shared memory");
   AsyncCopy& copy = add_copy();
   copy.target = static_cast<Word*>(target);
   copy.source = static_cast<const Word*>(source);
   copy.words = size / 4;
-  copy.valid_words = valid / 4;
+  copy.present_words = present ? copy.words : 0;
   copy.early = coin();
   for (unsigned i = 0; i < 4; ++i) copy.values[i] = 0;
   // Even a late copy reads now, so that a bad address is reported at the line that issues it.
-  for (unsigned i = 0; i < copy.valid_words; ++i) copy.values[i] = copy.source[i];
+  for (unsigned i = 0; i < copy.present_words; ++i) copy.values[i] = copy.source[i];
   for (unsigned i = 0; i < copy.words; ++i) copy.target[i] = 0xffffffffu;
   poison(target, size, true);
 }
@@ -139,7 +139,7 @@ inline void cp_wait(int pending) {
   AsyncCopy* copies = finished_copies(pending, &count);
   for (AsyncCopy* copy = copies; copy < copies + count; ++copy) {
     if (!copy->early)
-      for (unsigned i = 0; i < copy->valid_words; ++i) copy->values[i] = copy->source[i];
+      for (unsigned i = 0; i < copy->present_words; ++i) copy->values[i] = copy->source[i];
     poison(copy->target, 4 * copy->words, false);
     for (unsigned i = 0; i < copy->words; ++i) copy->target[i] = copy->values[i];
   }

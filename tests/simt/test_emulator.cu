@@ -2,12 +2,14 @@
 //
 //   test_emulator            checks everything
 //   test_emulator MISUSE     runs a kernel with a fault; a launch that fails prints why, exit status 3
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <string>
 #include <vector>
 
 #include "device.cuh"
+#include "tile_product.cuh"
 
 using m2d::cuda::commit_copies;
 using m2d::cuda::copy_async;
@@ -31,8 +33,12 @@ __global__ void multiply(const float* a, const float* b, const float* c, float* 
   for (int v = 0; v < 4; ++v) d[t0 * 32 + t1 * 1 + v % 2 * 16 + v / 2 * 8] = sums[v];
 }
 
-__global__ void round_to_tf32(const float* x, float* y) {
-  y[threadIdx.x] = __uint_as_float(m2d::cuda::to_tf32(x[threadIdx.x]));
+__global__ void split_floats(const float* x, float* high, float* low, float* cut) {
+  const int t = static_cast<int>(threadIdx.x);
+  const m2d::cuda::SplitFloat parts = m2d::cuda::split(x[t]);
+  high[t] = __uint_as_float(parts.high);
+  low[t] = __uint_as_float(parts.low);
+  cut[t] = __uint_as_float(m2d::cuda::unbiased(x[t]) & m2d::cuda::kTf32Bits);
 }
 
 // Shared memory of its own for each block, threads that exit early, two-dimensional indices, votes, shuffles.
@@ -82,15 +88,14 @@ __global__ void chain(int rounds, int* from, int* to) {
   }
 }
 
-// Two groups of copies, one of which is waited for at a time; thread t copies t words of its 4, or its word if t is
-// odd, and zeros for the others.
+// Two groups of copies, one of which is waited for at a time; of some threads they are zeros.
 __global__ void copy(const float* source, float* target) {
   M2D_SHARED(float, vectors, [32 * 4]);
   M2D_SHARED(float, words, [32]);
   const int t = static_cast<int>(threadIdx.x);
-  copy_async<16>(vectors + 4 * t, source + 4 * t, 4 * (t % 5));
+  copy_async<16>(vectors + 4 * t, source + 4 * t, t % 5 != 0);
   commit_copies();
-  copy_async<4>(words + t, source + t, 4 * (t % 2));
+  copy_async<4>(words + t, source + t, t % 2 != 0);
   commit_copies();
   wait_copies<1>();
   __syncthreads();
@@ -168,8 +173,14 @@ void check_products(int seed) {
   const float x[4] = {1.0f + 0x1p-11f, 1.0f + 0x1p-12f, -1.0f - 0x1p-11f, 2.0f - 0x1p-23f};
   const float rounded[4] = {1.0f + 0x1p-10f, 1.0f, -1.0f - 0x1p-10f, 2.0f};
   for (int i = 0; i < 4; ++i) a[i] = x[i];
-  CHECK(launch(1, dim3(4), false, round_to_tf32, a, d));
-  for (int i = 0; i < 4; ++i) CHECK(d[i] == rounded[i]);
+  CHECK(launch(1, dim3(4), false, split_floats, a, b, c, d));
+  for (int i = 0; i < 4; ++i) CHECK(b[i] == rounded[i] && b[i] + c[i] == x[i]);
+  // What tf32 has keeps its value when it is cut off again, and what is not finite stays so.
+  const float whole[4] = {1.0f, -2.0f + 0x1p-10f, INFINITY, NAN};
+  for (int i = 0; i < 4; ++i) a[i] = whole[i];
+  CHECK(launch(1, dim3(4), false, split_floats, a, b, c, d));
+  for (int i = 0; i < 3; ++i) CHECK(d[i] == whole[i]);
+  CHECK(std::isnan(d[3]) && std::isnan(b[3] + c[3]));
   release(a);
   release(b);
   release(c);
@@ -211,7 +222,7 @@ void check_copies(int seed) {
   CHECK(launch(1, dim3(32), false, copy, source, target));
   for (int i = 0; i < 128; ++i) {
     const int from = (i + 4) % 128;
-    CHECK(target[i] == (from % 4 < from / 4 % 5 ? source[from] : 0.0f));
+    CHECK(target[i] == (from / 4 % 5 != 0 ? source[from] : 0.0f));
   }
   for (int t = 0; t < 32; ++t) {
     const int from = (t + 1) % 32;
@@ -288,19 +299,19 @@ __global__ void misuse(int what, float* memory) {
       if (t < 16) __shfl_xor_sync(0xffffffffu, t, 1);
       break;
     case kMisalignedCopy:
-      copy_async<16>(values + 1, memory, 16);
+      copy_async<16>(values + 1, memory, true);
       break;
     case kCopyToGlobal:
-      copy_async<4>(memory + t, memory + t, 4);
+      copy_async<4>(memory + t, memory + t, true);
       break;
     case kReadBeforeWait:
-      copy_async<16>(values + 4 * (t % 16), memory + 4 * (t % 16), t < 16 ? 16 : 0);
+      copy_async<16>(values + 4 * (t % 16), memory + 4 * (t % 16), t < 16);
       commit_copies();
       result = values[4 * (t % 16)];
       wait_copies<0>();
       break;
     case kForgottenCopy:
-      copy_async<4>(values + t, memory + t, 4);
+      copy_async<4>(values + t, memory + t, true);
       commit_copies();
       break;
     case kSharedOverrun:
