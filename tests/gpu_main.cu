@@ -271,14 +271,16 @@ void run_tokens(StateType type, bool packed, int64_t dim) {
   }
 }
 
-void run_pooled(bool gathered, bool allow_tf32, int64_t texts, int64_t dim) {
+// `type`: of the rows before they were widened; `more`: gathered candidates.
+void run_pooled(bool gathered, bool allow_tf32, int64_t texts, int64_t dim,
+                StateType type = StateType::kFloat, int64_t more = 13) {
   Memory memory;
   const int64_t layers = 2;
   LossParams<float> p{};
   p.num_layers = layers;
   p.num_texts = texts;
   p.num_anchors = texts / 2;
-  p.num_candidates = gathered ? texts + 13 : texts - p.num_anchors;
+  p.num_candidates = gathered ? texts + more : texts - p.num_anchors;
   p.target_offset = gathered ? 13 : 0;
   p.dim = dim;
   p.gathered = gathered;
@@ -288,7 +290,7 @@ void run_pooled(bool gathered, bool allow_tf32, int64_t texts, int64_t dim) {
                     p.num_candidates};
   run_loss(
       std::string("pooled loss") + (gathered ? ", gathered" : "") + (allow_tf32 ? ", tf32" : ""),
-      memory, p, make_grid(layers, dim), {nullptr, StateType::kFloat, allow_tf32});
+      memory, p, make_grid(layers, dim), {nullptr, type, allow_tf32});
 }
 
 }  // namespace
@@ -302,6 +304,9 @@ int main() {
   for (const bool gathered : {false, true}) {
     for (const bool allow_tf32 : {false, true}) run_pooled(gathered, allow_tf32, 150, 77);
   }
+  // More candidates than are summed in one part.
+  for (const StateType type : {StateType::kFloat, StateType::kBFloat16})
+    run_pooled(true, false, 70, 40, type, 1100);
   std::printf("%d launches: finite, and the same bits twice\n", launches);
   return 0;
 }

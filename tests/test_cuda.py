@@ -144,7 +144,8 @@ def test_shapes_beyond_one_tile(normalize: bool, dtype: torch.dtype, pooling: st
 @pytest.mark.parametrize("gathered", [False, True])
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("shape", POOLED_SHAPES, ids=str)
-def test_pooled(shape: tuple[Any, ...], normalize: bool, gathered: bool) -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pooled(dtype: torch.dtype, shape: tuple[Any, ...], normalize: bool, gathered: bool) -> None:
     num_layers, batch, columns, num_candidates, width, dims = shape
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randn(num_layers, columns * batch, width, generator=generator)]
@@ -158,6 +159,7 @@ def test_pooled(shape: tuple[Any, ...], normalize: bool, gathered: bool) -> None
         "normalize": normalize,
     }
     offset = num_candidates - batch if gathered else 0
+    rows = [x.to(dtype) for x in rows]
     exact = [x.double().requires_grad_() for x in rows]
     truth = oracle.loss_of_pooled(exact[0], exact[1] if gathered else None, offset, **options)
     leaves = [x.to(DEVICE).requires_grad_() for x in rows]
@@ -165,7 +167,7 @@ def test_pooled(shape: tuple[Any, ...], normalize: bool, gathered: bool) -> None
         leaves[0], candidates=leaves[1] if gathered else None, target_offset=offset, backend="fused", **options
     )
     assert isinstance(loss, Tensor)
-    assert_near(loss.detach(), gradients(loss, leaves), truth.detach(), gradients(truth, exact), torch.float32)
+    assert_near(loss.detach(), gradients(loss, leaves), truth.detach(), gradients(truth, exact), dtype)
 
 
 @pytest.mark.parametrize("gathered", [False, True])

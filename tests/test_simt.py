@@ -446,7 +446,7 @@ LARGE = [
     {"source": "gathered", "batch": 66, "width": 72, "num_layers": 1, "num_dims": 3, "full": True, "normalize": False},
     {"source": "bfloat16", "batch": 65, "columns": 3, "width": 36, "num_layers": 1, "num_dims": 2, "full": True},
     # More candidates than are summed in one part.
-    {"source": "gathered", "batch": 66, "more": 2100, "width": 40, "num_layers": 2, "num_dims": 3, "full": True},
+    {"source": "gathered", "batch": 66, "more": 1100, "width": 40, "num_layers": 1, "num_dims": 3, "full": True},
     {"source": "float32", "batch": 1, "columns": 2, "width": 5, "num_layers": 128, "num_dims": 1},
     {"source": "float32", "batch": 2, "columns": 8, "width": 64, "num_layers": 2, "num_dims": 16},
 ]
@@ -646,11 +646,9 @@ FAULTS = {
         "tile_product.cuh", "wait_copies<kStages - 2>();", "wait_copies<kStages - 1>();"
     ),
     "a stage is overwritten while it is read": Fault(
-        "tile_product.cuh", "load(stage + kStages - 1);", "load(stage + kStages);"
+        "tile_product.cuh", "scratch + next % kStages", "scratch + (next + 1) % kStages"
     ),
-    "unmasked tail of a row": Fault(
-        "tile_product.cuh", "valid < 0 ? 0 : valid > kCount ? kCount : valid", "valid <= 0 ? 0 : kCount"
-    ),
+    "unmasked tail of a row": Fault("tile_product.cuh", "from + e, e < present);", "from + e, present > 0);"),
     "unmasked tail of a tile": Fault("tile_product.cuh", "if (column < columns) body", "body"),
     "no grid sync after the norms": Fault("forward.cu", "  norms(p);\n  grid_sync();", "  norms(p);"),
     "no grid sync after the centers": Fault("forward.cu", "  centers(p);\n  grid_sync();", "  centers(p);"),
@@ -661,8 +659,8 @@ FAULTS = {
     ),
     "no grid sync before the softmax": Fault(
         "forward.cu",
-        "learn(p, num_product_tiles(p, wave));\n  grid_sync();",
-        "learn(p, num_product_tiles(p, wave));",
+        "p.queues->gradients = 0;\n  grid_sync();",
+        "p.queues->gradients = 0;",
     ),
     "no grid sync before the columns": Fault("forward.cu", "== 0) kl_means(p);\n  grid_sync();", "== 0) kl_means(p);"),
     "no grid sync before the gradients": Fault(
@@ -679,7 +677,24 @@ FAULTS = {
         "  __syncthreads();\n  const GradientRows<Real> rows",
         "  const GradientRows<Real> rows",
     ),
-    "no barrier before the next tile": Fault("gradients.cuh", "  __syncthreads();  // before the terms", "  //"),
+    "no barrier before the next tile": Fault(
+        "gradients.cuh", "  __syncthreads();  // before the terms", "  //", "parts"
+    ),
+    "work is claimed without a barrier": Fault(
+        "gradients.cuh",
+        "claimed[turn] = next;\n    __syncthreads();",
+        "claimed[turn] = next;",
+    ),
+    "a queue that starts anywhere": Fault("forward.cu", "p.queues->kl = 0;", ";"),
+    "no grid sync before the parts of a cell are merged": Fault(
+        "forward.cu",
+        "  grid_sync();\n  if (p.parts > 1) {\n    merge_cell",
+        "  if (p.parts > 1) {\n    merge_cell",
+        "parts",
+    ),
+    "no grid sync before the parts of the gradients are merged": Fault(
+        "forward.cu", "    grid_sync();\n    merge_gradient", "    merge_gradient", "parts"
+    ),
     "shared write out of bounds": Fault(
         "forward.cu", "if (lane == 0) sums[warp] = sum;", "if (lane == 0) sums[warp] = sums[warp + 1] = sum;"
     ),
@@ -687,18 +702,26 @@ FAULTS = {
         "tokens.cuh", "  __syncthreads();\n  const int columns", "  const int columns", "pool"
     ),
     "tokens are summed before they are there": Fault(
-        "tokens.cuh", "wait_copies<kPoolSteps - 1>();", "wait_copies<kPoolSteps>();", "pool"
+        "tokens.cuh", "kPoolSteps / kPoolCommit - 1>();", "kPoolSteps / kPoolCommit>();", "pool"
     ),
-    "padding is read": Fault(
-        "tokens.cuh", "? coefficients[i * step] : 0.0f", "? coefficients[i * step] + 1e-30f : 0.0f", "pool"
-    ),
-    "coefficients are read past their end": Fault("tokens.cuh", "i * step < left ?", "i * step <= left ?", "pool"),
+    "padding is read": Fault("tokens.cuh", "? coefficients[i] : 0.0f", "? coefficients[i] + 1e-30f : 0.0f", "pool"),
+    "coefficients are read past their end": Fault("tokens.cuh", "i < left ?", "i <= left ?", "pool"),
     "a row of the backward pass is too wide": Fault(
         "tokens.cuh",
         "const int left = (dim - begin) / kCount;",
         "const int left = (dim - begin) / kCount + 1;",
         "backward",
     ),
+}
+# More candidates than one part has.
+PARTS_PROBLEM = {
+    "source": "gathered",
+    "batch": 3,
+    "more": 1030,
+    "width": 12,
+    "num_layers": 1,
+    "num_dims": 2,
+    "full": True,
 }
 # Two layers, both with every cell and KL, two tiles of anchors and tails in each direction.
 FAULT_PROBLEM = {
@@ -727,6 +750,8 @@ def check_for_faults(flavor: str, check: str, csrc: Path) -> None:
     if check == "pool":
         for width in (64, 72):
             check_pool(flavor, 1, csrc, width=width, longest=70, layout="padded", dense=True)
+    elif check == "parts":
+        check_loss(flavor, 3, csrc, **PARTS_PROBLEM)
     elif check == "backward":
         check_pool_backward(flavor, 0, "pool_backward", csrc)
     else:

@@ -14,7 +14,8 @@ constexpr int kBlocksOfProcessor = 2;  // at least; by registers
 constexpr int kTile = 64;              // rows and columns of a block's tile: 4 x 2 warps of 16 x 32
 constexpr int kDepth = 32;             // of one stage
 constexpr int kStages = 2;             // one is on its way while the other is multiplied
-constexpr int kRowStride = kDepth + 4;   // [64][36]: fragments meet 32 different banks, and so they do in
+constexpr int kRowStride =
+    kDepth + 4;  // [64][36]: fragments meet 32 different banks, and so they do in
 constexpr int kDepthStride = kTile + 8;  // [32][72]
 constexpr int kTileStride = kTile + 8;   // of a tile in shared memory; pairs of a fragment too
 constexpr int kStageSize = kTile * kRowStride;
@@ -79,9 +80,10 @@ struct StageCopies {
   static constexpr int kCopies = kTile * kDepth / (4 * kThreads);
 
   const float* source;
-  int64_t across, ahead;  // elements from one of the rows or depths to the next, and to the next stage
-  int place;              // in a stage
-  int rows, depths;       // from this thread's first element to the end
+  int64_t across,
+      ahead;         // elements from one of the rows or depths to the next, and to the next stage
+  int place;         // in a stage
+  int rows, depths;  // from this thread's first element to the end
   bool vectors;
 
   M2D_DEVICE StageCopies(const Operand& x, int depth_begin, int depth_end, int thread) {
@@ -125,7 +127,8 @@ M2D_DEVICE void load_fragment(float (&x)[4], const float* stage, int first_row, 
   if constexpr (kByDepth) {
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      x[i] = stage[(depth + lane % 4 + i / 2 * 4) * kDepthStride + first_row + lane / 4 + i % 2 * 8];
+      x[i] =
+          stage[(depth + lane % 4 + i / 2 * 4) * kDepthStride + first_row + lane / 4 + i % 2 * 8];
   } else {
     load_rows(x, stage + first_row * kRowStride + depth, kRowStride, lane);
   }

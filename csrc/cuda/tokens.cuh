@@ -262,7 +262,7 @@ M2D_DEVICE void stream_rows(const DeviceTokens& tokens, float* scratch, float* o
 #pragma unroll
   for (int i = 0; i < kPoolSteps; ++i) {
     copy_async<16>(slots + i * kPoolThreads, current.source + i * current.token_stride,
-                       a[i] != 0.0f);
+                   a[i] != 0.0f);
     if (i % kPoolCommit == kPoolCommit - 1) commit_copies();
   }
   PoolLap<Scalar> next = current.row < rows ? current.next(tokens) : current;
