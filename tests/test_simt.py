@@ -659,8 +659,8 @@ FAULTS = {
     ),
     "no grid sync before the softmax": Fault(
         "forward.cu",
-        "p.queues->gradients = 0;\n  grid_sync();",
-        "p.queues->gradients = 0;",
+        "learn(p, num_product_tiles(p, wave));\n  grid_sync();",
+        "learn(p, num_product_tiles(p, wave));",
     ),
     "no grid sync before the columns": Fault("forward.cu", "== 0) kl_means(p);\n  grid_sync();", "== 0) kl_means(p);"),
     "no grid sync before the gradients": Fault(
@@ -677,15 +677,7 @@ FAULTS = {
         "  __syncthreads();\n  const GradientRows<Real> rows",
         "  const GradientRows<Real> rows",
     ),
-    "no barrier before the next tile": Fault(
-        "gradients.cuh", "  __syncthreads();  // before the terms", "  //", "parts"
-    ),
-    "work is claimed without a barrier": Fault(
-        "gradients.cuh",
-        "claimed[turn] = next;\n    __syncthreads();",
-        "claimed[turn] = next;",
-    ),
-    "a queue that starts anywhere": Fault("forward.cu", "p.queues->kl = 0;", ";"),
+    "no barrier before the next tile": Fault("gradients.cuh", "  __syncthreads();  // before the terms", "  //"),
     "no grid sync before the parts of a cell are merged": Fault(
         "forward.cu",
         "  grid_sync();\n  if (p.parts > 1) {\n    merge_cell",

@@ -227,12 +227,13 @@ M2D_DEVICE void merge_cell_parts(const LossArgs<Real>& p, const Wave& wave) {
 
 // ---- X, and the sums down its columns ----
 
+constexpr int kColumnThreads = 4;                       // side by side
+constexpr int kColumnRows = kThreads / kColumnThreads;  // one below the other
 template <class Real>
 constexpr int kColumnVector = sizeof(Real) == 4 ? 4 : 2;  // columns of a thread, as registers allow
-// kAcross threads are side by side, the others one below the other: more across waste less, fewer make more blocks.
-constexpr int kMostAcross = 4;
-constexpr int kManyColumnBlocks = 128;
-static_assert(2 * kWarps * kMostAcross * kColumnVector<float> * sizeof(RowSums<double>) <=
+template <class Real>
+constexpr int kColumnWidth = kColumnVector<Real> * kColumnThreads;  // columns of a block
+static_assert(2 * kWarps * kColumnWidth<float> * sizeof(RowSums<double>) <=
               kTileScratch * sizeof(float));
 
 // One thread's columns in cell k.
@@ -245,11 +246,10 @@ struct ColumnSums {
 #pragma unroll
     for (int e = 0; e < kColumnVector<Real>; ++e) weighted[e] = cosines[e] = 0;
   }
-  // Over the rows of a warp; the first kAcross lanes get the sums.
-  template <int kAcross>
+  // Over the rows of a warp; the first kColumnThreads lanes get the sums.
   M2D_DEVICE void merge_lanes() {
 #pragma unroll
-    for (int offset = kAcross; offset < 32; offset *= 2) {
+    for (int offset = kColumnThreads; offset < 32; offset *= 2) {
 #pragma unroll
       for (int e = 0; e < kColumnVector<Real>; ++e) {
         weighted[e] += __shfl_xor_sync(kAllLanes, weighted[e], offset);
@@ -261,7 +261,7 @@ struct ColumnSums {
 
 // X of cell k in this thread's columns. The products of chunk k become X, to which the sum over the prefixes above is
 // added where there is one. A cell that is not asked for only hands on the suffix sums.
-template <int kAcross, class Real>
+template <class Real>
 M2D_DEVICE void column_cell(const LossArgs<Real>& p, const Wave& wave, int w, int layer, int k,
                             int column, ColumnSums<Real>& sums) {
   constexpr int kCount = kColumnVector<Real>;
@@ -278,7 +278,7 @@ M2D_DEVICE void column_cell(const LossArgs<Real>& p, const Wave& wave, int w, in
                                                   : PrefixRow<Real>{0, 0, 0, 0};
   }
 #pragma unroll 1
-  for (int row = thread_index() / kAcross; row < wave.num_anchors; row += kThreads / kAcross) {
+  for (int row = thread_index() / kColumnThreads; row < wave.num_anchors; row += kColumnRows) {
     float* x = x_row(p, w, k, row) + column;
     Vector out{};
     if (has_above) out = *reinterpret_cast<const Vector*>(x + chunk_stride);
@@ -312,41 +312,39 @@ M2D_DEVICE void column_cell(const LossArgs<Real>& p, const Wave& wave, int w, in
   }
 }
 
-// A block per kWidth columns of a layer, from the last prefix to the first.
-template <int kAcross, class Real>
+// A block per kColumnWidth columns of a layer, from the last prefix to the first.
+template <class Real>
 M2D_DEVICE void columns(const LossArgs<Real>& p, const Wave& wave, float* scratch) {
-  constexpr int kWidth = kAcross * kColumnVector<Real>;
   const GridShape& s = p.shape;
   // Of each warp, in turn: what one cell leaves is read while the next is written, and one barrier a cell will do.
   RowSums<Real>* partial = reinterpret_cast<RowSums<Real>*>(scratch);
   const auto place = [](int turn, int warp, int column) {
-    return (turn * kWarps + warp) * kWidth + column;
+    return (turn * kWarps + warp) * kColumnWidth<Real> + column;
   };
   int turn = 0;
   const int thread = thread_index();
   const int warp = thread / 32;
-  const int blocks = ceil_div(s.num_candidates, kWidth);
+  const int blocks = ceil_div(s.num_candidates, kColumnWidth<Real>);
   for (int item = blockIdx.x; item < wave.num_layers * blocks; item += block_count()) {
     const int w = item / blocks;
     const int layer = p.active[wave.first_layer + w];
-    const int first = item % blocks * kWidth;
-    const int mine = thread % kAcross * kColumnVector<Real>;
+    const int first = item % blocks * kColumnWidth<Real>;
+    const int mine = thread % kColumnThreads * kColumnVector<Real>;
     for (int k = s.used_dims[layer] - 1; k >= 0; --k) {
       ColumnSums<Real> sums;
       sums.clear();
-      if (first + mine < s.num_candidates)
-        column_cell<kAcross>(p, wave, w, layer, k, first + mine, sums);
+      if (first + mine < s.num_candidates) column_cell(p, wave, w, layer, k, first + mine, sums);
       if (s.weight(layer, k) == 0.0f) continue;
       turn = 1 - turn;
-      sums.template merge_lanes<kAcross>();
-      if (thread % 32 < kAcross) {
+      sums.merge_lanes();
+      if (thread % 32 < kColumnThreads) {
 #pragma unroll
         for (int e = 0; e < kColumnVector<Real>; ++e)
           partial[place(turn, warp, mine + e)] = {sums.weighted[e], sums.cosines[e]};
       }
       __syncthreads();
       const int j = first + thread;
-      if (thread >= kWidth || j >= s.num_candidates) continue;
+      if (thread >= kColumnWidth<Real> || j >= s.num_candidates) continue;
       RowSums<Real>& out = p.candidate_sums[candidate_cell_of(s, layer, k, j)];
       RowSums<Real> total = wave.first > 0 ? out : RowSums<Real>{0, 0};
 #pragma unroll
@@ -357,16 +355,6 @@ M2D_DEVICE void columns(const LossArgs<Real>& p, const Wave& wave, float* scratc
       }
       out = total;
     }
-  }
-}
-
-template <class Real>
-M2D_DEVICE void columns(const LossArgs<Real>& p, const Wave& wave, float* scratch) {
-  const int wide = kMostAcross * kColumnVector<Real>;
-  if (wave.num_layers * ceil_div(p.shape.num_candidates, wide) >= kManyColumnBlocks) {
-    columns<kMostAcross>(p, wave, scratch);
-  } else {
-    columns<kMostAcross / 2>(p, wave, scratch);
   }
 }
 

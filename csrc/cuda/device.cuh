@@ -115,11 +115,6 @@ M2D_DEVICE int block_count() {
 #endif
 }
 
-// The next piece of work.
-M2D_DEVICE int claim(int& claimed) {
-  return atomicAdd(&claimed, 1);
-}
-
 // x y, rounded: never one with the sum that it goes into, as the compiler fuses them where it can.
 #ifdef M2D_EMULATE
 template <class Real>
@@ -142,7 +137,7 @@ constexpr uint32_t kTf32Half = 0x1000u;
 // Elements of a 16 x 8 block of floats in shared memory whose rows lie `stride` apart, 16-byte aligned; all 32 lanes,
 // converged. With g = lane / 4, t = lane % 4: x = (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4).
 M2D_DEVICE void load_rows(float (&x)[4], const float* block, int stride, int lane) {
-#if defined(M2D_EMULATE)
+#ifdef M2D_EMULATE
   for (int i = 0; i < 4; ++i) x[i] = block[(lane / 4 + i % 2 * 8) * stride + lane % 4 + i / 2 * 4];
 #else
   // Lane i gives the address of row i % 8 of the i / 8th 8 x 4 part.

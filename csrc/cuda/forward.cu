@@ -9,7 +9,7 @@
 //   products    <delta_i, delta_j> over each chunk                             a block per 64 x 64 tile
 //               and, once, the KL                                              a warp per row
 //   cells       normaliser and cross-entropy of an anchor in a cell            a warp each
-//   columns     X in place of the products, and the sums down its columns      a block per 4 to 16 columns
+//   columns     X in place of the products, and the sums down its columns      a block per 16 or 8 columns
 //   gradients   X delta of anchors, X^T delta of candidates, and from them dP  a block per 64 x 64 tile
 //
 // Each element has one owner and every sum an order that depends on the sizes alone: the same bits for any grid.
@@ -43,20 +43,14 @@ M2D_DEVICE void pool(const LossArgs<Real>& p, float* scratch) {
 template <class Real>
 M2D_DEVICE void norms(const LossArgs<Real>& p) {
   const GridShape& s = p.shape;
-  with_row_batch(s, [&](auto batch) {
-    constexpr int kBatch = decltype(batch)::value;
-    for_each_row(p, p.pooled,
-                 [&](int layer, int r) { compute_norms<kBatch>(s, p.pooled, layer, r); });
-    for_each_row(p, p.gathered,
-                 [&](int layer, int r) { compute_norms<kBatch>(s, p.gathered, layer, r); });
-  });
+  for_each_row(p, p.pooled, [&](int layer, int r) { compute_norms(s, p.pooled, layer, r); });
+  for_each_row(p, p.gathered, [&](int layer, int r) { compute_norms(s, p.gathered, layer, r); });
 }
 
 // A block per layer and chunk, and what no prefix covers.
 template <class Real>
 M2D_DEVICE void centers(const LossArgs<Real>& p) {
   const GridShape& s = p.shape;
-  if (blockIdx.x == 0 && threadIdx.x == 0) p.queues->kl = 0;
   const int chunks = s.num_dims + 1;
   M2D_SHARED(Real, sums, [kWarps]);
   for (int item = blockIdx.x; item < s.num_layers * chunks; item += block_count()) {
@@ -84,13 +78,10 @@ M2D_DEVICE void centers(const LossArgs<Real>& p) {
 template <class Real>
 M2D_DEVICE void center_rows(const LossArgs<Real>& p, const RowSet<Real>& set, bool is_pooled) {
   const GridShape& s = p.shape;
-  with_row_batch(s, [&](auto batch) {
-    for_each_row(p, set, [&](int layer, int r) {
-      const int64_t first = static_cast<int64_t>(layer) * s.num_dims;
-      center_row<decltype(batch)::value>(
-          s, set, p.centers + static_cast<int64_t>(layer) * s.dim, p.center_chunks + first,
-          is_pooled && r == 0 ? p.center_squared + first : nullptr, layer, r);
-    });
+  for_each_row(p, set, [&](int layer, int r) {
+    const int64_t first = static_cast<int64_t>(layer) * s.num_dims;
+    center_row(s, set, p.centers + static_cast<int64_t>(layer) * s.dim, p.center_chunks + first,
+               is_pooled && r == 0 ? p.center_squared + first : nullptr, layer, r);
   });
 }
 
@@ -129,8 +120,7 @@ M2D_DEVICE void reduce(const LossArgs<Real>& p) {
 template <bool kSplitCells, bool kSplitGradients, class Real>
 M2D_DEVICE void run_wave(const LossArgs<Real>& p, const Wave& wave, float* scratch) {
   chunk_products<kSplitCells>(p, wave, scratch);
-  if (wave.first_layer + wave.first == 0) learn(p);
-  if (blockIdx.x == 0 && threadIdx.x == 0) p.queues->gradients = 0;
+  if (wave.first_layer + wave.first == 0) learn(p, num_product_tiles(p, wave));
   grid_sync();
   anchor_cells(p, wave);
   if (wave.first_layer + wave.first == 0) kl_means(p);
@@ -155,7 +145,7 @@ template <bool kSplitCells, bool kSplitGradients, class Real>
 M2D_DEVICE void run_waves(const LossArgs<Real>& p, float* scratch) {
   M2D_SHARED(Wave, wave, [1]);
   if (p.num_active == 0) {
-    learn(p);
+    learn(p, 0);
     grid_sync();
     kl_means(p);
     grid_sync();
@@ -289,7 +279,6 @@ LossArgs<Real> loss_args(const LossParams<float>& p, Arena& arena) {
   args.centers = arena.take<float>(p.num_layers * p.dim);
   args.center_chunks = arena.take<Real>(p.num_layers * p.num_dims);
   args.center_squared = arena.take<Real>(p.num_layers * p.num_dims);
-  args.queues = arena.take<Queues>(1);
   args.kl_rows = arena.take<KlRow<Real>>(s.has_kl ? p.num_layers * p.num_texts : 0);
   args.x_stride = (p.num_candidates + 3) / 4 * 4;  // rows of whole 16-byte vectors
   choose_waves(args);

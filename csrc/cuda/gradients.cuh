@@ -224,9 +224,9 @@ M2D_DEVICE bool has_vectors(const GradientRows<Real>& rows, const ColumnBlock& b
 
 // From the sums of a tile to dP, or to what the next wave goes on with.
 template <int kCount, class Real>
-M2D_DEVICE void finish_tile(const GradientRows<Real>& rows, const GradientTile& tile,
-                            const RowTerms<Real>* terms, const float* sums, bool is_complete,
-                            bool continues) {
+M2D_DEVICE void finish_elements(const GradientRows<Real>& rows, const GradientTile& tile,
+                                const RowTerms<Real>* terms, const float* sums, bool is_complete,
+                                bool continues) {
   constexpr int kVectors = kTile / kCount;
 #pragma unroll 1
   for (int i = thread_index(); i < tile.rows * kVectors; i += kThreads) {
@@ -286,10 +286,11 @@ M2D_DEVICE void finish_tile(const LossArgs<Real>& p, const Wave& wave, const Gra
   __syncthreads();
   const GradientRows<Real> rows = gradient_rows(p, is_pooled, tile.layer, first_row(p, wave, tile));
   if (has_vectors(rows, tile.block)) {
-    finish_tile<4>(rows, tile, terms, sums, complete, continues);
+    finish_elements<4>(rows, tile, terms, sums, complete, continues);
   } else {
-    finish_tile<1>(rows, tile, terms, sums, complete, continues);
+    finish_elements<1>(rows, tile, terms, sums, complete, continues);
   }
+  __syncthreads();  // before the terms and sums of the next tile
 }
 
 template <bool kSplit, class Real>
@@ -339,17 +340,8 @@ M2D_DEVICE void gradients(const LossArgs<Real>& p, const Wave& wave, float* scra
   const int tiles =
       ceil_div(wave.num_anchors, kTile) * p.parts + ceil_div(p.shape.num_candidates, kTile);
   const int items = wave.num_layers * tiles * num_column_blocks(p.shape);
-  M2D_SHARED(int, claimed, [2]);
-  const int thread = thread_index();
-  int turn = 0;
-  for (int item = blockIdx.x; item < items; item = claimed[turn]) {
-    turn = 1 - turn;
-    int next = 0;
-    if (thread == 0) next = block_count() + claim(p.queues->gradients);
+  for (int item = blockIdx.x; item < items; item += block_count())
     gradient_tile<kSplit>(p, wave, gradient_tile_at(p, wave, item), scratch);
-    if (thread == 0) claimed[turn] = next;
-    __syncthreads();
-  }
 }
 
 constexpr int kMergeRows = 16;  // so few that all blocks have some
@@ -379,7 +371,6 @@ M2D_DEVICE void merge_gradient_parts(const LossArgs<Real>& p, const Wave& wave, 
       scratch[row * kTileStride + column] = sum;
     }
     finish_tile(p, wave, tile, scratch);
-    __syncthreads();  // before the terms and sums of the next tile
   }
 }
 

@@ -90,20 +90,17 @@ M2D_DEVICE void learn(const LossArgs<Real>& p, int layer, int text) {
   if (lane == 0) p.kl_rows[row_of(p.pooled, layer, text)] = result;
 }
 
-// Of all rows that have one, by whichever warps have nothing else to do.
+// Of all rows that have one; from block `first` on, whoever has nothing else to do.
 template <class Real>
-M2D_DEVICE void learn(const LossArgs<Real>& p) {
+M2D_DEVICE void learn(const LossArgs<Real>& p, int first) {
   const GridShape& s = p.shape;
   if (!s.has_kl) return;
-  const auto claim_row = [&] {
-    const int claimed = thread_index() % 32 == 0 ? claim(p.queues->kl) : 0;
-    return __shfl_sync(kAllLanes, claimed, 0);
-  };
-  for (int i = claim_row(); i < s.num_layers * s.num_texts;) {
-    const int next = claim_row();
+  const int blocks = block_count();
+  const int block = (static_cast<int>(blockIdx.x) + blocks - first % blocks) % blocks;
+  for (int i = block * kWarps + thread_index() / 32; i < s.num_layers * s.num_texts;
+       i += blocks * kWarps) {
     const int layer = i / s.num_texts;
     if (s.kl_weights[layer] != 0.0f) learn(p, layer, i % s.num_texts);
-    i = next;
   }
 }
 

@@ -48,11 +48,6 @@ struct alignas(4 * sizeof(Real)) SoftmaxSums {
 // What runs over all candidates of an anchor is summed in parts of so many, for the sake of more blocks and warps.
 constexpr int kPart = 1024;
 
-// How many pieces of work have been claimed; what comes of a piece does not depend on who does it.
-struct Queues {
-  int kl, gradients;
-};
-
 template <class Real>
 struct LossArgs {
   DeviceTokens tokens;
@@ -63,8 +58,7 @@ struct LossArgs {
   Real* center_chunks;   // (L, K), |c|^2 of each chunk
   Real* center_squared;  // (L, K), |c_k|^2
   KlRow<Real>* kl_rows;  // (L, N)
-  Queues* queues;
-  int num_active;  // layers with cells
+  int num_active;        // layers with cells
   int16_t active[kMaxLayers];
   int wave_layers, wave_anchors;
   int parts;         // of kPart candidates

@@ -89,17 +89,18 @@ M2D_DEVICE int64_t prefix_of(const GridShape& s, const RowSet<Real>& set, int la
 }
 
 // What a lane holds of a row at a time: elements begin + lane, begin + lane + 32, ... of it, all on their way together.
-template <int kBatch>
+constexpr int kRowBatch = 8;
+constexpr int kRowPanel = 32 * kRowBatch;
+
 struct RowPanel {
-  static constexpr int kWidth = 32 * kBatch;  // elements of a warp
-  float x[kBatch];
+  float x[kRowBatch];
 
   M2D_DEVICE static int column(int begin, int i) {
     return begin + 32 * i + static_cast<int>(threadIdx.x) % 32;
   }
   M2D_DEVICE void load(const float* row, int begin, int width) {
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
+    for (int i = 0; i < kRowBatch; ++i) {
       const int d = column(begin, i);
       x[i] = d < width ? row[d] : 0.0f;
     }
@@ -108,49 +109,38 @@ struct RowPanel {
 
 // The sum of term(i) over the panel's elements within chunk k, the last of which is what no prefix covers. Every lane
 // gets it.
-template <int kBatch, class Real, class Term>
+template <class Real, class Term>
 M2D_DEVICE Real chunk_sum(const GridShape& s, int k, int begin, const Term& term) {
   const int first = s.chunk_begin(k);
   const int end = s.chunk_end(k);
   Real sum = 0;
 #pragma unroll
-  for (int i = 0; i < kBatch; ++i) {
-    const int d = RowPanel<kBatch>::column(begin, i);
+  for (int i = 0; i < kRowBatch; ++i) {
+    const int d = RowPanel::column(begin, i);
     if (d >= first && d < end) sum += term(i);
   }
   return warp_sum(sum);
 }
 
 // Whether chunk k has elements in the panel that starts at `begin`.
-template <int kBatch>
 M2D_DEVICE bool meets_panel(const GridShape& s, int k, int begin) {
-  return s.chunk_begin(k) < begin + RowPanel<kBatch>::kWidth && s.chunk_end(k) > begin;
-}
-
-// body(so many elements of a row that a lane holds at a time): few where more would be more than the row has.
-template <class Body>
-M2D_DEVICE void with_row_batch(const GridShape& s, const Body& body) {
-  if (s.dim > 3 * RowPanel<8>::kWidth) {
-    body(std::integral_constant<int, 16>{});
-  } else {
-    body(std::integral_constant<int, 8>{});
-  }
+  return s.chunk_begin(k) < begin + kRowPanel && s.chunk_end(k) > begin;
 }
 
 // Norms of row r, by one warp. Lane k holds what belongs to chunk k until all are known.
-template <int kBatch, class Real>
+template <class Real>
 M2D_DEVICE void compute_norms(const GridShape& s, const RowSet<Real>& set, int layer, int r) {
   static_assert(kMaxDims < 32);
   const int lane = threadIdx.x % 32;
   const float* row = set.pooled + row_of(set, layer, r) * s.dim;
   Real chunk = 0;
-  for (int begin = 0; begin < s.dim; begin += RowPanel<kBatch>::kWidth) {
-    RowPanel<kBatch> panel;
+  for (int begin = 0; begin < s.dim; begin += kRowPanel) {
+    RowPanel panel;
     panel.load(row, begin, s.dim);
 #pragma unroll 1
     for (int k = 0; k <= s.num_dims; ++k) {
-      if (!meets_panel<kBatch>(s, k, begin)) continue;
-      const Real sum = chunk_sum<kBatch, Real>(s, k, begin, [&](int i) {
+      if (!meets_panel(s, k, begin)) continue;
+      const Real sum = chunk_sum<Real>(s, k, begin, [&](int i) {
         const Real x = static_cast<Real>(panel.x[i]);
         return x * x;
       });
@@ -202,7 +192,7 @@ M2D_DEVICE float center_element(const GridShape& s, const RowSet<Real>& pooled, 
 
 // <c, u> of every prefix, gamma, and delta of row r, by one warp; `center_chunks` is |c|^2 of every chunk, and whoever
 // asks for it gets that of every prefix. delta may lie where P was.
-template <int kBatch, class Real>
+template <class Real>
 M2D_DEVICE void center_row(const GridShape& s, const RowSet<Real>& set, const float* center,
                            const Real* center_chunks, Real* center_squared, int layer, int r) {
   const int lane = threadIdx.x % 32;
@@ -210,14 +200,14 @@ M2D_DEVICE void center_row(const GridShape& s, const RowSet<Real>& set, const fl
   const float* pooled = set.pooled + row * s.dim;
   const Real full = set.full[row];
   Real along_chunk = 0;
-  for (int begin = 0; begin < s.dim; begin += RowPanel<kBatch>::kWidth) {
-    RowPanel<kBatch> x, c;
+  for (int begin = 0; begin < s.dim; begin += kRowPanel) {
+    RowPanel x, c;
     x.load(pooled, begin, s.dim);
     c.load(center, begin, s.dim);
 #pragma unroll 1
     for (int k = 0; k < s.num_dims; ++k) {
-      if (!meets_panel<kBatch>(s, k, begin)) continue;
-      const Real along = chunk_sum<kBatch, Real>(s, k, begin, [&](int i) {
+      if (!meets_panel(s, k, begin)) continue;
+      const Real along = chunk_sum<Real>(s, k, begin, [&](int i) {
         return static_cast<Real>(c.x[i]) * static_cast<Real>(x.x[i]);
       });
       if (lane == k) along_chunk += along;
@@ -242,13 +232,13 @@ M2D_DEVICE void center_row(const GridShape& s, const RowSet<Real>& set, const fl
   }
   if (lane == 0) set.gamma[row] = static_cast<float>(gamma);
   float* delta = set.delta + row * s.dim;
-  for (int begin = 0; begin < s.dim; begin += RowPanel<kBatch>::kWidth) {
-    RowPanel<kBatch> x, c;
+  for (int begin = 0; begin < s.dim; begin += kRowPanel) {
+    RowPanel x, c;
     x.load(pooled, begin, s.dim);
     c.load(center, begin, s.dim);
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int d = RowPanel<kBatch>::column(begin, i);
+    for (int i = 0; i < kRowBatch; ++i) {
+      const int d = RowPanel::column(begin, i);
       if (d < s.dim) {
         delta[d] = static_cast<float>(full * static_cast<Real>(x.x[i]) -
                                       gamma * static_cast<Real>(c.x[i]));

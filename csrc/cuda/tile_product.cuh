@@ -80,8 +80,8 @@ struct StageCopies {
   static constexpr int kCopies = kTile * kDepth / (4 * kThreads);
 
   const float* source;
-  int64_t across,
-      ahead;         // elements from one of the rows or depths to the next, and to the next stage
+  int64_t across;    // elements from one of the rows or depths to the next
+  int64_t ahead;     // to the next stage
   int place;         // in a stage
   int rows, depths;  // from this thread's first element to the end
   bool vectors;
