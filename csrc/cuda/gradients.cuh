@@ -155,7 +155,8 @@ M2D_DEVICE RowTerms<Real> row_terms(const LossArgs<Real>& p, bool is_pooled, int
   }
   const CellsOfRow<Real> cells = cells_of_row(p, is_pooled, layer, r);
   const int used = cells.sums == nullptr ? 0 : s.used_dims[layer];
-  constexpr int kBatch = sizeof(Real) == 4 ? 4 : 2;  // prefixes on their way at a time
+  // Prefixes on their way at a time, as registers allow.
+  constexpr int kBatch = sizeof(Real) == 4 ? 4 : 1;
   for (int first = 0; first < used; first += kBatch) {
     Real inverse[kBatch], squared[kBatch];
     RowSums<Real> sums[kBatch];

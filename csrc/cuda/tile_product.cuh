@@ -78,10 +78,10 @@ struct StageCopies {
   static constexpr int kVectors = (kByDepth ? kTile : kDepth) / 4;  // side by side
   static constexpr int kStep = kThreads / kVectors;
   static constexpr int kCopies = kTile * kDepth / (4 * kThreads);
+  static_assert(!kByDepth || kCopies * kStep == kDepth);
 
   const float* source;
   int64_t across;    // elements from one of the rows or depths to the next
-  int64_t ahead;     // to the next stage
   int place;         // in a stage
   int rows, depths;  // from this thread's first element to the end
   bool vectors;
@@ -94,7 +94,6 @@ struct StageCopies {
     source = x.data + (kByDepth ? depth_begin + outer : outer) * x.stride +
              (kByDepth ? inner : depth_begin + inner);
     across = kStep * x.stride;
-    ahead = kByDepth ? kDepth * x.stride : kDepth;
     place = outer * (kByDepth ? kDepthStride : kRowStride) + inner;
     vectors = is_aligned(x) && (kByDepth ? x.rows : depth_begin | depth_end) % 4 == 0;
   }
@@ -114,7 +113,7 @@ struct StageCopies {
         for (int e = 0; e < 4; ++e) copy_async<4>(to + e, from + e, e < present);
       }
     }
-    source += ahead;
+    source += kByDepth ? kCopies * across : kDepth;
     depths -= kDepth;
   }
 };
