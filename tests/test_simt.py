@@ -446,7 +446,7 @@ LARGE = [
     {"source": "gathered", "batch": 66, "width": 72, "num_layers": 1, "num_dims": 3, "full": True, "normalize": False},
     {"source": "bfloat16", "batch": 65, "columns": 3, "width": 36, "num_layers": 1, "num_dims": 2, "full": True},
     # More candidates than are summed in one part.
-    {"source": "gathered", "batch": 66, "more": 1100, "width": 40, "num_layers": 1, "num_dims": 3, "full": True},
+    {"source": "gathered", "batch": 18, "more": 1100, "width": 24, "num_layers": 1, "num_dims": 3, "full": True},
     {"source": "float32", "batch": 1, "columns": 2, "width": 5, "num_layers": 128, "num_dims": 1},
     {"source": "float32", "batch": 2, "columns": 8, "width": 64, "num_layers": 2, "num_dims": 16},
 ]
