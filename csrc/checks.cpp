@@ -235,8 +235,7 @@ GradProblem allocate_state_grads(const Tensor& pooled_grad, at::IntArrayRef laye
 }
 
 Tensor accumulated(const Tensor& rows) {
-  const bool half = rows.scalar_type() == at::kBFloat16 || rows.scalar_type() == at::kHalf;
-  return half ? rows.to(at::kFloat) : rows;
+  return rows.to(accumulate_type_of(rows.scalar_type()));
 }
 
 std::optional<Tensor> accumulated(const std::optional<Tensor>& rows) {

@@ -316,12 +316,17 @@ M2D_DEVICE void gradient_tile(const LossArgs<Real>& p, const Wave& wave, const G
   finish_tile(p, wave, tile, scratch);
 }
 
-// Of the wave's anchors, in tiles of all column blocks, then of all candidates.
+// Of a layer's rows: those of the wave's anchors, once for each part, then those of all candidates.
+template <class Real>
+M2D_DEVICE int num_row_tiles(const LossArgs<Real>& p, const Wave& wave) {
+  return ceil_div(wave.num_anchors, kTile) * p.parts + ceil_div(p.shape.num_candidates, kTile);
+}
+
 template <class Real>
 M2D_DEVICE GradientTile gradient_tile_at(const LossArgs<Real>& p, const Wave& wave, int index) {
   const int blocks = num_column_blocks(p.shape);
   const int anchor_tiles = ceil_div(wave.num_anchors, kTile);
-  const int tiles = anchor_tiles * p.parts + ceil_div(p.shape.num_candidates, kTile);
+  const int tiles = num_row_tiles(p, wave);
   const int w = index / blocks / tiles;
   const int tile = index / blocks % tiles;
   const bool is_anchors = tile < anchor_tiles * p.parts;
@@ -338,9 +343,7 @@ M2D_DEVICE GradientTile gradient_tile_at(const LossArgs<Real>& p, const Wave& wa
 
 template <bool kSplit, class Real>
 M2D_DEVICE void gradients(const LossArgs<Real>& p, const Wave& wave, float* scratch) {
-  const int tiles =
-      ceil_div(wave.num_anchors, kTile) * p.parts + ceil_div(p.shape.num_candidates, kTile);
-  const int items = wave.num_layers * tiles * num_column_blocks(p.shape);
+  const int items = wave.num_layers * num_row_tiles(p, wave) * num_column_blocks(p.shape);
   for (int item = blockIdx.x; item < items; item += block_count())
     gradient_tile<kSplit>(p, wave, gradient_tile_at(p, wave, item), scratch);
 }

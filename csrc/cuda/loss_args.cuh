@@ -67,15 +67,15 @@ struct LossArgs {
   AnchorCell<Real>* anchor_cells;  // (L, K, B)
   RowSums<Real>* anchor_sums;      // (L, K, B)
   RowSums<Real>* candidate_sums;   // (L, K, M)
+  Real* cell_means;                // (L, K)
+  Real* kl_means;                  // (L,)
+  float* cells;                    // outputs
+  float* kl;
+  float* loss;
   // Where there is more than one part:
   SoftmaxSums<Real>* cell_parts;  // (wave_layers, K, parts, wave_anchors)
   Real* target_cosines;           // (wave_layers, K, wave_anchors)
   float* gradient_parts;          // (wave_layers, parts, wave_anchors, D), X delta
-  Real* cell_means;               // (L, K)
-  Real* kl_means;                 // (L,)
-  float* cells;                   // outputs
-  float* kl;
-  float* loss;
 };
 
 // The layers and anchors whose X are in the workspace at a time.

@@ -14,10 +14,10 @@ constexpr int kBlocksOfProcessor = 2;  // at least; by registers
 constexpr int kTile = 64;              // rows and columns of a block's tile: 4 x 2 warps of 16 x 32
 constexpr int kDepth = 32;             // of one stage
 constexpr int kStages = 2;             // one is on its way while the other is multiplied
-constexpr int kRowStride =
-    kDepth + 4;  // [64][36]: fragments meet 32 different banks, and so they do in
-constexpr int kDepthStride = kTile + 8;  // [32][72]
-constexpr int kTileStride = kTile + 8;   // of a tile in shared memory; pairs of a fragment too
+// [64][36], or by depth [32][72], and a tile of results: what a warp reads or writes at a time meets different banks.
+constexpr int kRowStride = kDepth + 4;
+constexpr int kDepthStride = kTile + 8;
+constexpr int kTileStride = kTile + 8;
 constexpr int kStageSize = kTile * kRowStride;
 static_assert(kDepth * kDepthStride <= kStageSize);
 constexpr int kTileScratch = 2 * kStages * kStageSize;  // floats of shared memory: two operands
