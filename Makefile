@@ -13,6 +13,8 @@ TRANSFORMERS ?= transformers==5.23.0
 
 DEMO_ARGS ?=
 TEST_ARGS ?=
+# Processes, each of which takes whole files: what one test of a file computes or compiles, the next ones share.
+TEST_JOBS ?= 2
 BENCH_ARGS ?=
 
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
@@ -24,7 +26,7 @@ INSTALLED := $(VENV)/.installed
 
 help:
 	@echo "make demo     train a small 2D Matryoshka model, offline (DEMO_ARGS='--steps 20' for less)"
-	@echo "make test     run the tests (TEST_ARGS='-k losses' for some)"
+	@echo "make test     run the tests (TEST_ARGS='-k losses' for some, TEST_JOBS=8 for 8 at a time)"
 	@echo "make test-oldest  with the oldest torch, transformers and sentence-transformers supported (downloads gigabytes)"
 	@echo "make bench    run the benchmarks; make bench-page writes docs/benchmarks.md from them"
 	@echo "make bench-check  compare a few ratios with bounds, in a minute"
@@ -56,7 +58,7 @@ demo: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/train_2d_matryoshka.py $(DEMO_ARGS)
 
 test: $(INSTALLED)
-	HF_HUB_OFFLINE=1 $(BIN)/pytest $(TEST_ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -n $(TEST_JOBS) --dist loadfile $(TEST_ARGS)
 
 # In an environment and a copy of their own. What the fused losses give here must come out there.
 OLDEST := build/oldest
@@ -69,7 +71,8 @@ test-oldest: $(INSTALLED)
 	$(OLDEST)/venv/bin/python -m pip install --quiet $(OLDEST_VERSIONS) 'setuptools>=77.0.3' ninja
 	cd $(OLDEST)/source && M2D_BUILD=cpu ../venv/bin/python -m pip install --quiet --no-build-isolation \
 		$(OLDEST_VERSIONS) -e '.[demo,dev]'
-	cd $(OLDEST)/source && M2D_OUTCOMES=$(CURDIR)/$(OLDEST)/outcomes.json HF_HUB_OFFLINE=1 ../venv/bin/pytest $(TEST_ARGS)
+	cd $(OLDEST)/source && M2D_OUTCOMES=$(CURDIR)/$(OLDEST)/outcomes.json HF_HUB_OFFLINE=1 \
+		../venv/bin/pytest -n $(TEST_JOBS) --dist loadfile $(TEST_ARGS)
 
 bench: $(INSTALLED)
 	mkdir -p build
