@@ -1,9 +1,12 @@
 // The Python module m2d_ext._C and the only operator schemas. Each backend registers its own kernels.
-#include <pybind11/pybind11.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 #include <torch/version.h>
 
 #include <string>
+#include <vector>
+
+#include "deferred.h"
 
 // L hidden states of `blocks` tensors each come as one list, layer-major. `weights` (L, K) and
 // `kl_weights` (L,) are float64 CPU tensors on every backend. docs in m2d_ext/ops.py.
@@ -89,4 +92,18 @@ pybind11::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Registers the operators of torch.ops.m2d_ext.";
   m.def("build_info", &build_info, "What this extension was compiled with.");
+
+  using at::Tensor;
+  using m2d::DeferredHooks;
+  namespace py = pybind11;
+  py::class_<DeferredHooks>(m, "DeferredHooks", "See csrc/deferred.h and m2d_ext/deferred.py.")
+      .def(py::init<const std::vector<Tensor>&, const std::vector<int64_t>&, int64_t,
+                    const std::optional<Tensor>&, size_t>(),
+           py::arg("states"), py::arg("places"), py::arg("blocks"), py::arg("cu_seqlens"),
+           py::arg("own_references"))
+      .def("start", &DeferredHooks::start)
+      .def("finish", &DeferredHooks::finish)
+      .def_property_readonly("added", &DeferredHooks::added)
+      .def_property_readonly("added_in_place", &DeferredHooks::added_in_place)
+      .def_property_readonly("fewest_references", &DeferredHooks::fewest_references);
 }

@@ -81,6 +81,12 @@ def warn_missing_once(reason: str) -> None:
         warnings.warn(f"m2d_ext {reason}; it uses its slower PyTorch reference instead.", stacklevel=3)
 
 
+def deferred_hooks(*arguments: Any) -> Any:
+    """A new ``DeferredHooks`` of csrc/deferred.h; only where the extension is loaded."""
+    require()
+    return _module.DeferredHooks(*arguments)  # type: ignore[union-attr]
+
+
 def cuda_arches() -> list[str]:
     """What the CUDA kernels were compiled for, as in TORCH_CUDA_ARCH_LIST; empty where there are none."""
     return list(_config.get("cuda_arches", []))

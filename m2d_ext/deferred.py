@@ -4,25 +4,24 @@ A loss over all layers would hand autograd one gradient as large as each hidden 
 next layer arrives and is added to it. But wherever the final state was computed from an earlier one, that other
 gradient is sure to come, and to come after the loss's own backward. So the loss returns a dense gradient for the
 final state alone, and a hook on each earlier state adds ``g a dP`` to what arrives: no gradient of its own, and one
-pass over memory. In place, on the CPU, where nobody else holds what arrives: what autograd itself asks before it
-accumulates in place. (An addition hands one gradient to both of its terms.) Then padding is not even touched.
+pass over memory. In place, on the CPU, where nobody else holds what arrives; then padding is not even touched. The
+hooks themselves are C++ (``csrc/deferred.h``).
 
 Where that premise fails a gradient would be lost in silence. It is therefore checked, not assumed: a state is deferred
 only if an edge of the autograd graph leads from the final state to it, and a backward that should have reached a hook
 and did not raises.
 """
 
-import sys
 from collections import Counter
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import cache
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from . import ops
+from . import _extension
 
 Edge: TypeAlias = tuple[Any, int]  # a node of the autograd graph, and which of its outputs
 
@@ -37,15 +36,12 @@ class DeferredGradients:
     """
 
     def __init__(self, states: Sequence[Tensor], coefficients: Sequence[Tensor], cu_seqlens: Tensor | None) -> None:
-        self._coefficients = coefficients
-        self._cu_seqlens = cu_seqlens
-        self._source: tuple[Tensor, Tensor | None] | None = None  # dP and g, while a backward runs
-        self._expected: set[int] = set()
+        self._coefficients = list(coefficients)
         chosen, self._leaf = _deferrable(states, len(coefficients))
         self.places = frozenset(chosen)
-        _references_of_an_own_gradient()  # before a backward runs
-        for place in self.places:
-            states[place].register_hook(partial(self._add, place))
+        self._hooks = _extension.deferred_hooks(
+            [states[place] for place in chosen], chosen, len(coefficients), cu_seqlens, _own_references()
+        )
 
     def start(self, edges: Sequence[Edge], pooled_grad: Tensor, grad_output: Tensor | None) -> bool:
         """Let the hooks of the present backward add their parts. To be called inside it.
@@ -61,8 +57,8 @@ class DeferredGradients:
         """
         if not self.places or not self._runs_to_the_leaves():
             return False
-        self._source = pooled_grad, grad_output
-        self._expected = {place for place in self.places if torch._C._will_engine_execute_node(edges[place][0])}
+        expected = [place for place in self.places if torch._C._will_engine_execute_node(edges[place][0])]
+        self._hooks.start(self._coefficients, pooled_grad, grad_output, expected)
         torch.autograd.Variable._execution_engine.queue_callback(self._finish)
         return True
 
@@ -73,27 +69,8 @@ class DeferredGradients:
         except RuntimeError:  # the answer for a leaf that autograd.grad was asked for
             return False
 
-    def _add(self, place: int, grad: Tensor | None) -> Tensor | None:
-        if self._source is None or grad is None:  # not our backward; or no gradient, which _finish will report
-            return None
-        if grad.requires_grad:
-            raise RuntimeError("the gradient of m2d_ext's loss cannot be differentiated again (create_graph=True)")
-        self._expected.discard(place)
-        pooled_grad, grad_output = self._source
-        layer, block = divmod(place, len(self._coefficients))
-        table = self._coefficients[block]
-        rows = pooled_grad[layer]
-        if len(self._coefficients) > 1:
-            rows = rows.narrow(0, sum(map(len, self._coefficients[:block])), len(table))
-        if _is_own(grad):
-            ops.add_pooled_grad_(_flat(grad, self._cu_seqlens), rows, grad_output, table, self._cu_seqlens)
-            return None
-        added = ops.add_pooled_grad(_flat(grad, self._cu_seqlens), rows, grad_output, table, self._cu_seqlens)
-        return added.view(grad.shape)
-
     def _finish(self) -> None:
-        missing = sorted(self._expected)
-        self._source, self._expected = None, set()
+        missing = self._hooks.finish()
         if missing:
             layers = sorted({place // len(self._coefficients) for place in missing})
             raise RuntimeError(
@@ -102,56 +79,19 @@ class DeferredGradients:
             )
 
 
-def _flat(grad: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Packed gradients as the operators take them."""
-    return grad if cu_seqlens is None else grad.reshape(-1, grad.shape[-1])
-
-
-def _is_own(grad: Tensor) -> bool:
-    """Whether a hook of :class:`DeferredGradients` may write into the gradient it was given."""
-    return (
-        grad.device.type == "cpu"
-        and grad.is_contiguous()
-        and type(grad) is Tensor
-        and _references(grad) == _references_of_an_own_gradient()
-    )
-
-
-def _references(grad: Tensor) -> tuple[int, int, int]:
-    """How many hold the Python object, the tensor and its memory."""
-    tensor: Any = grad
-    return sys.getrefcount(grad), tensor._use_count(), torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
-
-
 @cache
-def _references_of_an_own_gradient() -> tuple[int, int, int]:
-    """What :func:`_references` are inside :func:`_is_own` inside a hook where autograd alone holds the gradient.
+def _own_references() -> int:
+    """How many hold a gradient inside a hook where autograd alone does.
 
-    Found by a backward like that, because every version of Python and torch counts the hands on the way differently.
+    Found by a backward like that, because every version of torch counts its own hands on the way.
     """
-    probe = _Probe()
     # Outside of what a user counts or traces.
     with _disable_current_modes(), torch.enable_grad():
-        for _ in range(3):
-            state = torch.ones(1, 1, requires_grad=True) * 2.0
-            state.register_hook(partial(probe._add, 0))
-            (state * 3.0).backward(torch.ones(1, 1))
-    return min(probe.seen)
-
-
-class _Probe:
-    """Looks at a gradient from where :meth:`DeferredGradients._add` does."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[int, int, int]] = []
-
-    def _add(self, place: int, grad: Tensor | None) -> Tensor | None:
-        assert grad is not None
-        self._is_own(grad)
-        return None
-
-    def _is_own(self, grad: Tensor) -> None:
-        self.seen.append(_references(grad))
+        state = torch.ones(1, 1, requires_grad=True) * 2.0
+        hooks = _extension.deferred_hooks([state], [0], 1, None, 0)
+        (state * 3.0).backward(torch.ones(1, 1))
+    references: int = hooks.fewest_references
+    return references
 
 
 def _deferrable(states: Sequence[Tensor], blocks: int) -> tuple[list[int], Any]:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import m2d_ext
 import parity
-from m2d_ext import ops
+from m2d_ext import _extension
 from m2d_ext.functional import matryoshka_2d_loss
 from tiny_models import ARCHITECTURES, HIDDEN, features_of, sentence, tiny_model
 
@@ -33,32 +33,34 @@ GRID: dict[str, Any] = {
 class Calls:
     """How many states got a dense gradient, and how many an addition."""
 
-    def __init__(self, dense: list[int]) -> None:
-        self._dense = dense
-        self.added = 0
+    def __init__(self, dense: list[int], hooks: list[Any]) -> None:
+        self._dense, self._hooks = dense, hooks
 
     @property
     def dense(self) -> int:
         return sum(self._dense)
 
+    @property
+    def added(self) -> int:
+        return sum(hooks.added for hooks in self._hooks)
+
+    @property
+    def added_in_place(self) -> int:
+        return sum(hooks.added_in_place for hooks in self._hooks)
+
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
-    add, add_in_place = ops.add_pooled_grad, ops.add_pooled_grad_
+    made: list[Any] = []
+    make = _extension.deferred_hooks
 
-    def counting_add(*args: Any) -> Tensor:
-        counted.added += 1
-        return add(*args)
+    def recording(*arguments: Any) -> Any:
+        made.append(make(*arguments))
+        return made[-1]
 
-    def counting_add_in_place(*args: Any) -> None:
-        counted.added += 1
-        add_in_place(*args)
-
-    monkeypatch.setattr(ops, "add_pooled_grad", counting_add)
-    monkeypatch.setattr(ops, "add_pooled_grad_", counting_add_in_place)
+    monkeypatch.setattr(_extension, "deferred_hooks", recording)
     with parity.recorded_dense_gradients() as dense:
-        counted = Calls(dense)
-        yield counted
+        yield Calls(dense, made)
 
 
 class Encoder(nn.Module):
@@ -437,17 +439,14 @@ FOLLOWERS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
 
 
 @pytest.mark.parametrize("name", FOLLOWERS)
-def test_in_place_only_where_nobody_else_holds_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_place_only_where_nobody_else_holds_it(name: str, calls: Calls) -> None:
     """Right in any case, and what others hold is left as it was."""
     follow, is_own = FOLLOWERS[name]
-    in_place: list[Tensor] = []
-    add = ops.add_pooled_grad_
-    monkeypatch.setattr(ops, "add_pooled_grad_", lambda grad, *rest: (in_place.append(grad), add(grad, *rest)))
     mask = torch.ones(4, 3, dtype=torch.int64)
     grads = []
     for deferred in (True, False):
-        in_place.clear()
         KEPT.clear()
+        earlier = calls.added_in_place
         torch.manual_seed(4)
         x = torch.randn(4, 3, WIDTH, dtype=torch.float64, requires_grad=True)
         first = x * 2.0
@@ -457,7 +456,7 @@ def test_in_place_only_where_nobody_else_holds_it(name: str, monkeypatch: pytest
         loss = matryoshka_2d_loss([first, final], mask, deferred=deferred, **grid)
         total = loss + (final * torch.linspace(0, 1, WIDTH, dtype=torch.float64)).sum()
         total.backward(retain_graph=True)
-        assert len(in_place) == (deferred and is_own)
+        assert calls.added_in_place - earlier == (deferred and is_own)
         total.backward()
         grads.append(x.grad)
         assert len(KEPT) == (2 if name == "kept by a hook" else 0)

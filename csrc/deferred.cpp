@@ -1,0 +1,108 @@
+#include "deferred.h"
+
+#include <ATen/TensorSubclassLikeUtils.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include <algorithm>
+#include <utility>
+
+namespace m2d {
+namespace {
+
+Tensor add_pooled_grad(const Tensor& grad, const Tensor& pooled_grad,
+                       const std::optional<Tensor>& grad_output, const Tensor& coefficients,
+                       const std::optional<Tensor>& cu_seqlens) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("m2d_ext::add_pooled_grad", "")
+          .typed<Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&, const Tensor&,
+                        const std::optional<Tensor>&)>();
+  return op.call(grad, pooled_grad, grad_output, coefficients, cu_seqlens);
+}
+
+void add_pooled_grad_(const Tensor& grad, const Tensor& pooled_grad,
+                      const std::optional<Tensor>& grad_output, const Tensor& coefficients,
+                      const std::optional<Tensor>& cu_seqlens) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("m2d_ext::add_pooled_grad_", "")
+                             .typed<void(const Tensor&, const Tensor&, const std::optional<Tensor>&,
+                                         const Tensor&, const std::optional<Tensor>&)>();
+  op.call(grad, pooled_grad, grad_output, coefficients, cu_seqlens);
+}
+
+}  // namespace
+
+DeferredHooks::DeferredHooks(const std::vector<Tensor>& states, const std::vector<int64_t>& places,
+                             int64_t blocks, const std::optional<Tensor>& cu_seqlens,
+                             size_t own_references)
+    : hooks_(std::make_shared<Hooks>()) {
+  TORCH_CHECK(states.size() == places.size(), "a place is needed for each of the ", states.size(),
+              " states, got ", places.size());
+  hooks_->blocks = blocks;
+  hooks_->cu_seqlens = cu_seqlens;
+  hooks_->own_references = own_references;
+  for (size_t i = 0; i < states.size(); ++i) {
+    states[i].register_hook([hooks = hooks_, place = places[i]](const Tensor& grad) -> Tensor {
+      return hooks->add(place, grad);
+    });
+  }
+}
+
+void DeferredHooks::start(std::vector<Tensor> coefficients, const Tensor& pooled_grad,
+                          const std::optional<Tensor>& grad_output,
+                          const std::vector<int64_t>& expected) {
+  hooks_->coefficients = std::move(coefficients);
+  hooks_->pooled_grad = pooled_grad;
+  hooks_->grad_output = grad_output;
+  hooks_->expected = {expected.begin(), expected.end()};
+  hooks_->is_started = true;
+}
+
+std::vector<int64_t> DeferredHooks::finish() {
+  const std::vector<int64_t> missing(hooks_->expected.begin(), hooks_->expected.end());
+  hooks_->is_started = false;
+  hooks_->coefficients.clear();
+  hooks_->pooled_grad.reset();
+  hooks_->grad_output.reset();
+  hooks_->expected.clear();
+  return missing;
+}
+
+Tensor DeferredHooks::Hooks::add(int64_t place, const Tensor& grad) {
+  if (!grad.defined()) return {};  // where a backward is ours, `finish` reports it
+  fewest_references = std::min(fewest_references, grad.use_count());
+  if (!is_started) return {};
+  TORCH_CHECK(!grad.requires_grad(),
+              "the gradient of m2d_ext's loss cannot be differentiated again (create_graph=True)");
+  expected.erase(place);
+  const bool in_place = is_own(grad);
+  const Tensor flat = cu_seqlens.has_value() ? grad.reshape({-1, grad.size(-1)}) : grad;
+  const Tensor& table = coefficients[place % blocks];
+  ++added;
+  if (in_place) {
+    ++added_in_place;
+    add_pooled_grad_(flat, rows_of(place), grad_output, table, cu_seqlens);
+    return {};
+  }
+  return add_pooled_grad(flat, rows_of(place), grad_output, table, cu_seqlens).view(grad.sizes());
+}
+
+// dP of the texts of one layer and block.
+Tensor DeferredHooks::Hooks::rows_of(int64_t place) const {
+  const Tensor layer = pooled_grad.select(0, place / blocks);
+  if (blocks == 1) return layer;
+  const int64_t block = place % blocks;
+  int64_t first = 0;
+  for (int64_t b = 0; b < block; ++b) first += coefficients[b].size(0);
+  return layer.narrow(0, first, coefficients[block].size(0));
+}
+
+// What autograd asks before it accumulates in place. (An addition hands one gradient to both of its terms.)
+bool DeferredHooks::Hooks::is_own(const Tensor& grad) const {
+  return grad.is_cpu() && grad.is_contiguous() && !at::isTensorSubclassLike(grad) &&
+         torch::autograd::impl::is_tensor_stealable(grad, own_references) && grad.has_storage() &&
+         grad.storage().use_count() == 1;
+}
+
+}  // namespace m2d
