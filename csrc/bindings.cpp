@@ -4,6 +4,7 @@
 #include <torch/version.h>
 
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "deferred.h"
@@ -94,8 +95,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "What this extension was compiled with.");
 
   using at::Tensor;
+  using m2d::Deferrable;
   using m2d::DeferredHooks;
   namespace py = pybind11;
+  m.def("deferrable", [](const std::vector<Tensor>& states, int64_t blocks) {
+    Deferrable found = m2d::deferrable(states, blocks);
+    return std::pair(std::move(found.places), std::move(found.leaf));
+  });
   py::class_<DeferredHooks>(m, "DeferredHooks", "See csrc/deferred.h and m2d_ext/deferred.py.")
       .def(py::init<const std::vector<Tensor>&, const std::vector<int64_t>&, int64_t,
                     const std::optional<Tensor>&, size_t>(),

@@ -2,13 +2,49 @@
 
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
+#include <map>
+#include <unordered_map>
+#include <unordered_set>
 #include <utility>
 
 namespace m2d {
 namespace {
+
+using torch::autograd::AccumulateGrad;
+using torch::autograd::Node;
+
+using Output =
+    std::pair<Node*, uint32_t>;  // a node of the autograd graph, and which of its outputs
+
+Output output_of(const Tensor& state) {
+  return {state.grad_fn().get(), static_cast<uint32_t>(state.output_nr())};
+}
+
+// Adds to the places those of the wanted outputs that lie on a way from the root, and finds a leaf that does.
+void walk(Node* root, const std::map<Output, int64_t>& wanted, Deferrable& result) {
+  std::unordered_set<Node*> seen{root};
+  std::vector<Node*> waiting{root};
+  std::set<int64_t> found;
+  while (!waiting.empty() && (found.size() < wanted.size() || !result.leaf.has_value())) {
+    const Node* node = waiting.back();
+    waiting.pop_back();
+    for (const torch::autograd::Edge& edge : node->next_edges()) {
+      Node* below = edge.function.get();
+      if (below == nullptr) continue;
+      const auto place = wanted.find({below, edge.input_nr});
+      if (place != wanted.end()) found.insert(place->second);
+      if (!seen.insert(below).second) continue;
+      waiting.push_back(below);
+      const auto* leaf = dynamic_cast<const AccumulateGrad*>(below);
+      if (leaf != nullptr && !result.leaf.has_value()) result.leaf = leaf->variable;
+    }
+  }
+  result.places.insert(result.places.end(), found.begin(), found.end());
+}
 
 Tensor add_pooled_grad(const Tensor& grad, const Tensor& pooled_grad,
                        const std::optional<Tensor>& grad_output, const Tensor& coefficients,
@@ -32,6 +68,26 @@ void add_pooled_grad_(const Tensor& grad, const Tensor& pooled_grad,
 }
 
 }  // namespace
+
+Deferrable deferrable(const std::vector<Tensor>& states, int64_t blocks) {
+  const int64_t count = static_cast<int64_t>(states.size());
+  std::unordered_map<Node*, int> times;
+  for (const Tensor& state : states) ++times[output_of(state).first];
+  Deferrable result;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const Output root = output_of(states[count - blocks + block]);
+    if (root.first == nullptr) continue;
+    std::map<Output, int64_t> wanted;
+    for (int64_t place = block; place < count; place += blocks) {
+      const Output output = output_of(states[place]);
+      if (output.first != nullptr && output != root && times[output.first] == 1)
+        wanted[output] = place;
+    }
+    walk(root.first, wanted, result);
+  }
+  if (!result.leaf.has_value()) result.places.clear();
+  return result;
+}
 
 DeferredHooks::DeferredHooks(const std::vector<Tensor>& states, const std::vector<int64_t>& places,
                              int64_t blocks, const std::optional<Tensor>& cu_seqlens,

@@ -15,11 +15,18 @@ namespace m2d {
 
 using at::Tensor;
 
+// The states that the final one of their block was computed from, by nodes of their own.
+struct Deferrable {
+  std::vector<int64_t> places;  // among the states, layer-major with so many blocks to a layer
+  std::optional<Tensor> leaf;   // one that they were computed from; without, there are no places
+};
+Deferrable deferrable(const std::vector<Tensor>& states, int64_t blocks);
+
 // One hook on each of some hidden states. Between `start` and `finish` it adds g a[n, t] dP[l, n, :] to the gradient
 // that autograd brings; at other times it lets gradients pass. In place where autograd alone holds what it brings.
 class DeferredHooks {
  public:
-  // states[i] is the one at places[i] of the loss's states, layer-major with so many blocks to a layer.
+  // states[i] is the one at places[i] of the loss's states.
   // own_references: of a gradient that autograd alone holds, as `fewest_references` has found them.
   DeferredHooks(const std::vector<Tensor>& states, const std::vector<int64_t>& places,
                 int64_t blocks, const std::optional<Tensor>& cu_seqlens, size_t own_references);

@@ -5,11 +5,13 @@ import importlib.util
 import json
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ._version import __version__
 
@@ -79,6 +81,13 @@ def warn_missing_once(reason: str) -> None:
     if not _warned:
         _warned = True
         warnings.warn(f"m2d_ext {reason}; it uses its slower PyTorch reference instead.", stacklevel=3)
+
+
+def deferrable(states: Sequence[Tensor], blocks: int) -> tuple[list[int], Tensor | None]:
+    """``deferrable`` of csrc/deferred.h; only where the extension is loaded."""
+    require()
+    found: tuple[list[int], Tensor | None] = _module.deferrable(states, blocks)  # type: ignore[union-attr]
+    return found
 
 
 def deferred_hooks(*arguments: Any) -> Any:

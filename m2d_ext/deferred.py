@@ -5,14 +5,13 @@ next layer arrives and is added to it. But wherever the final state was computed
 gradient is sure to come, and to come after the loss's own backward. So the loss returns a dense gradient for the
 final state alone, and a hook on each earlier state adds ``g a dP`` to what arrives: no gradient of its own, and one
 pass over memory. In place, on the CPU, where nobody else holds what arrives; then padding is not even touched. The
-hooks themselves are C++ (``csrc/deferred.h``).
+hooks themselves, and the walk from the final state to the others, are C++ (``csrc/deferred.h``).
 
 Where that premise fails a gradient would be lost in silence. It is therefore checked, not assumed: a state is deferred
 only if an edge of the autograd graph leads from the final state to it, and a backward that should have reached a hook
 and did not raises.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, TypeAlias
@@ -37,7 +36,8 @@ class DeferredGradients:
 
     def __init__(self, states: Sequence[Tensor], coefficients: Sequence[Tensor], cu_seqlens: Tensor | None) -> None:
         self._coefficients = list(coefficients)
-        chosen, self._leaf = _deferrable(states, len(coefficients))
+        chosen, leaf = _extension.deferrable(states, len(coefficients))
+        self._leaf: Any = None if leaf is None else torch.autograd.graph.get_gradient_edge(leaf).node
         self.places = frozenset(chosen)
         self._hooks = _extension.deferred_hooks(
             [states[place] for place in chosen], chosen, len(coefficients), cu_seqlens, _own_references()
@@ -92,41 +92,3 @@ def _own_references() -> int:
         (state * 3.0).backward(torch.ones(1, 1))
     references: int = hooks.fewest_references
     return references
-
-
-def _deferrable(states: Sequence[Tensor], blocks: int) -> tuple[list[int], Any]:
-    """The states that the final one of their block was computed from, by nodes of their own; and a leaf's node."""
-    edges = [_edge(state) for state in states]
-    times = Counter(node for node, _ in edges)
-    chosen: list[int] = []
-    leaf = None
-    for block in range(blocks):
-        column = range(block, len(states), blocks)
-        root = edges[column[-1]]
-        wanted = {edges[i]: i for i in column if edges[i][0] is not None and times[edges[i][0]] == 1}
-        wanted.pop(root, None)
-        found, below = _reached(root[0], set(wanted))
-        leaf = leaf or below
-        chosen += [wanted[edge] for edge in found]
-    return (chosen, leaf) if leaf is not None else ([], None)
-
-
-def _edge(state: Tensor) -> Edge:
-    return state.grad_fn, state.output_nr
-
-
-def _reached(root: Any, wanted: set[Edge]) -> tuple[set[Edge], Any]:
-    """Those of the wanted edges that lie on a way from the root, and the node of a leaf that does."""
-    found: set[Edge] = set()
-    leaf = None
-    seen = {root}
-    waiting = [root] if root is not None else []
-    while waiting and (len(found) < len(wanted) or leaf is None):
-        for edge in waiting.pop().next_functions:
-            if edge in wanted:
-                found.add(edge)
-            if edge[0] is not None and edge[0] not in seen:
-                seen.add(edge[0])
-                waiting.append(edge[0])
-                leaf = edge[0] if leaf is None and hasattr(edge[0], "variable") else leaf
-    return found, leaf
