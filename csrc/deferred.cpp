@@ -3,6 +3,7 @@
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/functions/accumulate_grad.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
@@ -112,12 +113,12 @@ void DeferredHooks::start(std::vector<Tensor> coefficients, const Tensor& pooled
   hooks_->pooled_grad = pooled_grad;
   hooks_->grad_output = grad_output;
   hooks_->expected = {expected.begin(), expected.end()};
-  hooks_->is_started = true;
+  hooks_->backward = torch::autograd::get_current_graph_task_id();
 }
 
 std::vector<int64_t> DeferredHooks::finish() {
   const std::vector<int64_t> missing(hooks_->expected.begin(), hooks_->expected.end());
-  hooks_->is_started = false;
+  hooks_->backward = Hooks::kNone;
   hooks_->coefficients.clear();
   hooks_->pooled_grad.reset();
   hooks_->grad_output.reset();
@@ -128,7 +129,7 @@ std::vector<int64_t> DeferredHooks::finish() {
 Tensor DeferredHooks::Hooks::add(int64_t place, const Tensor& grad) {
   if (!grad.defined()) return {};  // where a backward is ours, `finish` reports it
   fewest_references = std::min(fewest_references, grad.use_count());
-  if (!is_started) return {};
+  if (backward == kNone || backward != torch::autograd::get_current_graph_task_id()) return {};
   TORCH_CHECK(!grad.requires_grad(),
               "the gradient of m2d_ext's loss cannot be differentiated again (create_graph=True)");
   expected.erase(place);

@@ -22,8 +22,8 @@ struct Deferrable {
 };
 Deferrable deferrable(const std::vector<Tensor>& states, int64_t blocks);
 
-// One hook on each of some hidden states. Between `start` and `finish` it adds g a[n, t] dP[l, n, :] to the gradient
-// that autograd brings; at other times it lets gradients pass. In place where autograd alone holds what it brings.
+// One hook on each of some hidden states. In the backward that `start` was called in it adds g a[n, t] dP[l, n, :] to the
+// gradient that autograd brings; in others it lets gradients pass. In place where autograd alone holds what it brings.
 class DeferredHooks {
  public:
   // states[i] is the one at places[i] of the loss's states.
@@ -48,11 +48,14 @@ class DeferredHooks {
  private:
   // Lives as long as the states do.
   struct Hooks {
+    static constexpr int kNone = -1;
+
     int64_t blocks;
     std::optional<Tensor> cu_seqlens;  // packed states only
     size_t own_references;
 
-    bool is_started = false;
+    int backward =
+        kNone;  // that of `start`: an id of autograd's. One that fails never comes to `finish`.
     std::vector<Tensor> coefficients;
     Tensor pooled_grad;
     std::optional<Tensor> grad_output;

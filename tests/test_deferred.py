@@ -262,6 +262,35 @@ def test_a_lost_gradient_is_an_error() -> None:
     loss_of(encoder, False, states=states).backward()
 
 
+def test_a_failed_backward_leaves_nothing_behind() -> None:
+    """What it did not come to is not added to the gradients of another."""
+
+    def fail(_: Tensor) -> None:
+        raise KeyError("on the way down")
+
+    encoder = Encoder()
+    states: list[Tensor] = []
+
+    def kept(encoder: Encoder, x: Tensor) -> list[Tensor]:
+        states.extend(encoder(x))
+        return states
+
+    loss = loss_of(encoder, True, states=kept)
+    handle = states[2].register_hook(fail)
+    with pytest.raises(KeyError, match="on the way down"):
+        loss.backward(retain_graph=True)
+    handle.remove()
+    encoder.zero_grad()
+    states[-1].square().sum().backward(retain_graph=True)
+    found = gradients(encoder)
+    encoder(tokens()[0][0])[-1].square().sum().backward()
+    assert_same(found, gradients(encoder))
+    loss.backward()
+    found = gradients(encoder)
+    loss_of(encoder, False).backward()
+    assert_same(found, gradients(encoder))
+
+
 def test_no_second_derivative() -> None:
     encoder = Encoder()
     with pytest.raises(RuntimeError, match="create_graph"):
