@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from encoder_chain import Layer, Untimed, chained
-from m2d_ext import functional, ops
+from m2d_ext import functional
 from m2d_ext.pooling import padded_coefficients
 from providers import FLOOR, Candidate, Inputs, Step, floor, grid
 
@@ -58,7 +58,7 @@ def passes(inputs: Inputs, gradient: Callable[[int], Tensor]) -> Step:
     def step() -> list[Tensor]:
         # In place, as in a backward where autograd alone holds what arrives.
         for i, rows in enumerate(pooled_grads):
-            ops.add_pooled_grad_(gradient(i), rows, inputs.grad_output, table, None)
+            torch.ops.m2d_ext.add_pooled_grad_(gradient(i), rows, inputs.grad_output, table, None)
         return []
 
     return step

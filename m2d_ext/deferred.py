@@ -87,8 +87,8 @@ def _own_references() -> int:
     """
     # Outside of what a user counts or traces.
     with _disable_current_modes(), torch.enable_grad():
-        state = torch.ones(1, 1, requires_grad=True) * 2.0
+        state = torch.ones(1, 1, device="cpu", requires_grad=True) * 2.0  # whatever the default device is
         hooks = _extension.deferred_hooks([state], [0], 1, None, 0)
-        (state * 3.0).backward(torch.ones(1, 1))
+        (state * 3.0).backward(torch.ones(1, 1, device="cpu"))
     references: int = hooks.fewest_references
     return references

@@ -114,28 +114,6 @@ def pool_backward(
     return torch.ops.m2d_ext.pool_backward(pooled_grad, grad_output, layers, coefficients, cu_seqlens, dtype)
 
 
-def add_pooled_grad(
-    grad: Tensor,
-    pooled_grad: Tensor,
-    grad_output: Tensor | None,
-    coefficients: Tensor,
-    cu_seqlens: Tensor | None,
-) -> Tensor:
-    """``grad + g a[n, t] dP[n, :]`` for one layer and block: grad (n, T, D) or packed (total_tokens, D), dP (n, D)."""
-    return torch.ops.m2d_ext.add_pooled_grad(grad, pooled_grad, grad_output, coefficients, cu_seqlens)
-
-
-def add_pooled_grad_(
-    grad: Tensor,
-    pooled_grad: Tensor,
-    grad_output: Tensor | None,
-    coefficients: Tensor,
-    cu_seqlens: Tensor | None,
-) -> None:
-    """:func:`add_pooled_grad` into a contiguous ``grad`` itself. CPU only."""
-    torch.ops.m2d_ext.add_pooled_grad_(grad, pooled_grad, grad_output, coefficients, cu_seqlens)
-
-
 def pool_max(
     hidden_states: Sequence[Tensor], coefficients: Sequence[Tensor], cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -255,6 +233,8 @@ def _fake_pool_backward(
     return [pooled_grad.new_empty((*a.shape, dim), dtype=dtype) for _ in layers for a in coefficients]
 
 
+# Two operators that only the hooks of csrc/deferred.cpp call: ``grad + g a[n, t] dP[n, :]`` for one layer and block,
+# grad (n, T, D) or packed (total_tokens, D), dP (n, D); and the same into a contiguous grad itself, on the CPU alone.
 def _fake_add_pooled_grad(
     grad: Tensor,
     pooled_grad: Tensor,
