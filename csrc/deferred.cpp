@@ -18,8 +18,8 @@ namespace {
 using torch::autograd::AccumulateGrad;
 using torch::autograd::Node;
 
-using Output =
-    std::pair<Node*, uint32_t>;  // a node of the autograd graph, and which of its outputs
+// A node of the autograd graph, and which of its outputs.
+using Output = std::pair<Node*, uint32_t>;
 
 Output output_of(const Tensor& state) {
   return {state.grad_fn().get(), static_cast<uint32_t>(state.output_nr())};
@@ -41,7 +41,9 @@ void walk(Node* root, const std::map<Output, int64_t>& wanted, Deferrable& resul
       if (!seen.insert(below).second) continue;
       waiting.push_back(below);
       const auto* leaf = dynamic_cast<const AccumulateGrad*>(below);
-      if (leaf != nullptr && !result.leaf.has_value()) result.leaf = leaf->variable;
+      // One that was frozen since has no node that Python could ask for.
+      if (leaf != nullptr && leaf->variable.requires_grad() && !result.leaf.has_value())
+        result.leaf = leaf->variable;
     }
   }
   result.places.insert(result.places.end(), found.begin(), found.end());

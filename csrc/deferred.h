@@ -54,8 +54,8 @@ class DeferredHooks {
     std::optional<Tensor> cu_seqlens;  // packed states only
     size_t own_references;
 
-    int backward =
-        kNone;  // that of `start`: an id of autograd's. One that fails never comes to `finish`.
+    // That of `start`, an id of autograd's: one that fails never comes to `finish`.
+    int backward = kNone;
     std::vector<Tensor> coefficients;
     Tensor pooled_grad;
     std::optional<Tensor> grad_output;

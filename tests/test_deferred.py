@@ -262,6 +262,16 @@ def test_a_lost_gradient_is_an_error() -> None:
     loss_of(encoder, False, states=states).backward()
 
 
+def test_leaves_frozen_since(calls: Calls) -> None:
+    def states(encoder: Encoder, x: Tensor) -> list[Tensor]:
+        computed = encoder(x)
+        encoder.layers[-1].requires_grad_(False)  # the leaves that lie next to the final state
+        return computed
+
+    assert_same(*both(states=states))
+    assert calls.added == LAYERS - 1
+
+
 def test_a_failed_backward_leaves_nothing_behind() -> None:
     """What it did not come to is not added to the gradients of another."""
 
