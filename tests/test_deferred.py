@@ -449,6 +449,18 @@ class GivesBack(torch.autograd.Function):
         return ctx.saved_tensors[0] if ctx.held is None else ctx.held, None, None
 
 
+class Threefold(torch.autograd.Function):
+    """Its gradient has been a Python object, which nobody holds any more: those of a compiled model are like that."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 3.0
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 3.0
+
+
 HELD = torch.full((4, 3, WIDTH), 0.5, dtype=torch.float64)
 # A term from before the state: autograd comes to it later, and keeps the sum's gradient for it. (It saves nothing.)
 OTHER = torch.ones(4, 3, WIDTH, dtype=torch.float64, requires_grad=True).view(4, 3, WIDTH)
@@ -467,6 +479,7 @@ def _kept(state: Tensor) -> Tensor:
 FOLLOWERS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
     "product": (lambda state: state * 3.0, True),
     "norm": (lambda state: torch.nn.functional.layer_norm(state, (WIDTH,)), True),
+    "made in Python": (Threefold.apply, True),
     "two": (lambda state: state.tanh() + state.sin(), True),
     "residual": (lambda state: state + OTHER, False),
     "expanded": (lambda state: state.sum((0, 1), keepdim=True).expand_as(state), False),
