@@ -54,15 +54,30 @@ def _max_padded(states: Tensor, coefficients: Tensor) -> Tensor:
     return masked.max(dim=1).values.masked_fill(empty, 0)
 
 
+# One running sum loses digits with every token: so many are summed at a time, and then their sums.
+_TOKENS_TOGETHER = 64
+
+
 def _pool_padded(states: Tensor, coefficients: Tensor) -> Tensor:
-    return torch.bmm(coefficients[:, None, :], states.to(coefficients.dtype)).squeeze(1)
+    states = states.to(coefficients.dtype)
+    whole = states.shape[1] // _TOKENS_TOGETHER * _TOKENS_TOGETHER
+    if states.shape[1] <= _TOKENS_TOGETHER:
+        return torch.bmm(coefficients[:, None], states).squeeze(1)
+    weights = coefficients[:, :whole].unflatten(1, (-1, 1, _TOKENS_TOGETHER))
+    sums = (weights @ states[:, :whole].unflatten(1, (-1, _TOKENS_TOGETHER))).sum(1)
+    return (sums + torch.bmm(coefficients[:, None, whole:], states[:, whole:])).squeeze(1)
 
 
 def _pool_packed(states: Tensor, coefficients: Tensor, cu_seqlens: Tensor) -> Tensor:
-    num_texts = len(cu_seqlens) - 1
+    num_texts, num_tokens = len(cu_seqlens) - 1, len(states)
     text = torch.repeat_interleave(torch.arange(num_texts, device=states.device), cu_seqlens.diff())
-    pooled = coefficients.new_zeros(num_texts, states.shape[-1])
-    return pooled.index_add(0, text, coefficients[:, None] * states.to(coefficients.dtype))
+    # Neither part of the sum ever decreases: it is another one for every text and every run of tokens.
+    run = text + torch.arange(num_tokens, device=states.device) // _TOKENS_TOGETHER
+    num_runs = num_texts + num_tokens // _TOKENS_TOGETHER
+    sums = coefficients.new_zeros(num_runs, states.shape[-1])
+    sums = sums.index_add(0, run, coefficients[:, None] * states.to(coefficients.dtype))
+    text_of_run = torch.zeros(num_runs, dtype=torch.int64, device=states.device).scatter(0, run, text)
+    return sums.new_zeros(num_texts, states.shape[-1]).index_add(0, text_of_run, sums)
 
 
 def matryoshka_2d_loss_pooled(

@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -38,14 +38,29 @@ M2D_MULTIVERSION void add_row(const From* __restrict from, Acc a, int64_t dim, T
     to[d] = static_cast<To>(static_cast<Acc>(to[d]) + a * static_cast<Acc>(from[d]));
 }
 
-// A text on its way through its tokens. One of Token and Row is const: where from.
-template <class Token, class Row, class Acc>
+// sums += row, and row = 0.
+template <class Acc>
+M2D_MULTIVERSION void move_to_sums(Acc* __restrict row, int64_t dim, double* __restrict sums) {
+  for (int64_t d = 0; d < dim; ++d) {
+    sums[d] += static_cast<double>(row[d]);
+    row[d] = Acc(0);
+  }
+}
+
+// row += sums.
+template <class Acc>
+M2D_MULTIVERSION void add_sums(const double* __restrict sums, int64_t dim, Acc* __restrict row) {
+  for (int64_t d = 0; d < dim; ++d)
+    row[d] = static_cast<Acc>(sums[d] + static_cast<double>(row[d]));
+}
+
+// A text on its way through its tokens.
+template <class Token, class Acc>
 struct TokenStream {
   Token* tokens;
   int64_t token_stride;
   const Acc* coefficients;
   int64_t num_tokens;
-  Row* row;  // what its tokens are summed in, or what is added to them
   int64_t next = 0;
 
   // Whether there is one more token whose coefficient is not 0; `next` is then its index.
@@ -55,19 +70,46 @@ struct TokenStream {
   }
   Token* token() const { return tokens + next * token_stride; }
   Acc coefficient() const { return coefficients[next]; }
-  auto from() const {
-    if constexpr (std::is_const_v<Token>) {
-      return token();
-    } else {
-      return row;
+};
+
+// Its tokens are summed in `row`. The rounding errors of one running sum would grow with the number of tokens, and the
+// means of long texts are so nearly parallel that little but their last digits makes the gradient: every kTogether
+// tokens, the sum moves on to one in double.
+template <class Scalar, class Acc>
+struct SumStream : TokenStream<const Scalar, Acc> {
+  static constexpr int64_t kTogether = 64;
+  Acc* row;
+  int64_t dim;
+  int64_t in_row = 0;
+  std::vector<double> sums = {};
+
+  const Scalar* from() const { return this->token(); }
+  Acc* to() const { return row; }
+  bool advance() {
+    ++this->next;
+    if (!this->seek()) {
+      if (!sums.empty()) add_sums(sums.data(), dim, row);
+      return false;
     }
+    if (++in_row == kTogether) {
+      sums.resize(dim);
+      move_to_sums(row, dim, sums.data());
+      in_row = 0;
+    }
+    return true;
   }
-  auto to() const {
-    if constexpr (std::is_const_v<Token>) {
-      return row;
-    } else {
-      return token();
-    }
+};
+
+// A row is added to its tokens.
+template <class Scalar, class Acc>
+struct AddStream : TokenStream<Scalar, Acc> {
+  const Acc* row;
+
+  const Acc* from() const { return row; }
+  Scalar* to() const { return this->token(); }
+  bool advance() {
+    ++this->next;
+    return this->seek();
   }
 };
 
@@ -92,9 +134,9 @@ void add_texts(int64_t first, int64_t last, int64_t dim, Acc factor, const Begin
     } else {
       for (int i = 0; i < running; ++i) add_row(s[i].from(), a(i), dim, s[i].to());
     }
-    for (int i = 0; i < running; ++i) ++s[i].next;
-    for (int i = running - 1; i >= 0; --i)
-      if (!s[i].seek()) s[i] = s[--running];
+    for (int i = running - 1; i >= 0; --i) {
+      if (!s[i].advance() && i < --running) s[i] = std::move(s[running]);
+    }
   }
 }
 
@@ -195,14 +237,14 @@ Place place(const PoolParams& p, int64_t i) {
   return {i / p.num_texts, b, text - p.blocks[b].first_text};
 }
 
-template <class Token, class Row, class Acc>
-TokenStream<Token, Row, Acc> token_stream(const PoolParams& p, int64_t i, Row* row) {
+template <class Token, class Acc>
+TokenStream<Token, Acc> token_stream(const PoolParams& p, int64_t i) {
   const Place at = place(p, i);
   const TokenBlock& block = p.blocks[at.block];
   const StateView& state = p.states[at.layer * p.num_blocks + at.block];
   const TokenSpan span = token_span(block, at.text);
   return {static_cast<Token*>(state.data) + state_offset(block, state, at.text), state.token_stride,
-          static_cast<const Acc*>(block.coefficients) + span.first, span.count, row};
+          static_cast<const Acc*>(block.coefficients) + span.first, span.count};
 }
 
 // Calls body(first, last) for ranges of all layers' texts, in parallel. A thread takes a range when it is done with the
@@ -240,7 +282,7 @@ void pool_rows(const PoolParams& p, int64_t first, int64_t last) {
   add_texts(first, last, p.dim, Acc(1), [&p](int64_t i) {
     Acc* pooled = static_cast<Acc*>(p.pooled) + i * p.dim;
     std::fill_n(pooled, p.dim, Acc(0));
-    return token_stream<const Scalar, Acc, Acc>(p, i, pooled);
+    return SumStream<Scalar, Acc>{token_stream<const Scalar, Acc>(p, i), pooled, p.dim};
   });
 }
 
@@ -293,7 +335,7 @@ template <class Scalar, class Acc>
 void pool_backward_accumulate(const PoolParams& p, const Acc* pooled_grad, Acc grad_output) {
   for_text_ranges(p, [&](int64_t first, int64_t last) {
     add_texts(first, last, p.dim, grad_output, [&](int64_t i) {
-      return token_stream<Scalar, const Acc, Acc>(p, i, pooled_grad + i * p.dim);
+      return AddStream<Scalar, Acc>{token_stream<Scalar, Acc>(p, i), pooled_grad + i * p.dim};
     });
   });
 }

@@ -243,6 +243,11 @@ M2D_DEVICE void store_row(const DeviceTokens& tokens, int row, int begin, const 
   __syncthreads();
 }
 
+// What the sums of laps are summed in. The rounding errors of one running float would grow with the number of tokens, and
+// the means of long texts are so nearly parallel that little but their last digits makes the gradient.
+template <class Scalar>
+using SumOf = std::conditional_t<std::is_same_v<Scalar, float>, double, float>;
+
 // P = sum_t a[t] H[t] of rows blockIdx.x, blockIdx.x + gridDim.x, ... of all layers (L N, D), by the kPoolThreads
 // threads of a block. The tokens stream through shared memory, without a pause from one row to the next: while a lap is
 // summed, the vectors of the next are on their way, and so are the coefficients of the one after. Each thread reads what
@@ -268,7 +273,8 @@ M2D_DEVICE void stream_rows(const DeviceTokens& tokens, float* scratch, float* o
   PoolLap<Scalar> next = current.row < rows ? current.next(tokens) : current;
 #pragma unroll
   for (int i = 0; i < kPoolSteps; ++i) next_a[i] = next.coefficient(i);
-  float sums[kCount] = {};
+  float of_lap[kCount] = {};
+  SumOf<Scalar> sums[kCount] = {};
 #pragma unroll 1
   while (current.row < rows) {
     const PoolLap<Scalar> after = next.row < rows ? next.next(tokens) : next;
@@ -280,17 +286,26 @@ M2D_DEVICE void stream_rows(const DeviceTokens& tokens, float* scratch, float* o
       float x[kCount];
       to_floats(*slot, x);
 #pragma unroll
-      for (int e = 0; e < kCount; ++e) sums[e] += a[i] * x[e];
+      for (int e = 0; e < kCount; ++e) of_lap[e] += a[i] * x[e];
       a[i] = next_a[i];
       copy_async<16>(slot, source, a[i] != 0.0f);
       if (i % kPoolCommit == kPoolCommit - 1) commit_copies();
       source += next.token_stride;
       next_a[i] = after.coefficient(i);
     }
-    if (current.is_last()) {
-      store_row<Scalar>(tokens, current.row, current.begin, sums, row_scratch, out);
 #pragma unroll
-      for (int e = 0; e < kCount; ++e) sums[e] = 0.0f;
+    for (int e = 0; e < kCount; ++e) {
+      sums[e] += static_cast<SumOf<Scalar>>(of_lap[e]);
+      of_lap[e] = 0.0f;
+    }
+    if (current.is_last()) {
+      float row[kCount];
+#pragma unroll
+      for (int e = 0; e < kCount; ++e) {
+        row[e] = static_cast<float>(sums[e]);
+        sums[e] = 0;
+      }
+      store_row<Scalar>(tokens, current.row, current.begin, row, row_scratch, out);
     }
     current = next;
     next = after;
@@ -306,13 +321,17 @@ M2D_DEVICE void sum_rows(const DeviceTokens& tokens, float* out) {
     const Text<Scalar> text =
         find_text<Scalar>(tokens, row / tokens.num_texts, row % tokens.num_texts);
     for (int d = thread_index(); d < tokens.dim; d += kPoolThreads) {
-      float sum = 0.0f;
+      SumOf<Scalar> sum = 0;
+      for (int64_t first = 0; first < text.count; first += kPoolSteps) {
+        float of_lap = 0.0f;
 #pragma unroll 4
-      for (int64_t t = 0; t < text.count; ++t) {
-        const float a = text.coefficients[t];
-        if (a != 0.0f) sum += a * to_float(text.tokens[t * text.token_stride + d]);
+        for (int64_t t = first; t < first + kPoolSteps && t < text.count; ++t) {
+          const float a = text.coefficients[t];
+          if (a != 0.0f) of_lap += a * to_float(text.tokens[t * text.token_stride + d]);
+        }
+        sum += static_cast<SumOf<Scalar>>(of_lap);
       }
-      out[static_cast<int64_t>(row) * tokens.dim + d] = sum;
+      out[static_cast<int64_t>(row) * tokens.dim + d] = static_cast<float>(sum);
     }
   }
 }
