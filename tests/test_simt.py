@@ -601,6 +601,55 @@ def test_wrong_offsets_reach_nothing_else(flavor: str, launcher: str) -> None:
         assert torch.equal(outcome.tensor("state.0.0", torch.float32, 6, 8), torch.ones(6, 8))
 
 
+def _packed(states: Tensor, offsets: list[int]) -> dict[str, Any]:
+    tokens, width = states.shape
+    return {
+        "type": 0,
+        "num_layers": 1,
+        "dim": width,
+        "state_shift": 0,
+        "block_texts": [len(offsets) - 1],
+        "block_tokens": [tokens],
+        "token_strides": [width],
+        "text_strides": [0],
+        "state_elements": [states.numel()],
+        "coefficients.0": torch.ones(tokens),
+        "token_offsets": offsets,
+        "state.0.0": states.flatten(),
+    }
+
+
+@pytest.mark.parametrize("flavor", emulation.FLAVORS)
+@pytest.mark.parametrize("width", [8, 5])
+@pytest.mark.parametrize("launcher", BACKWARD)
+def test_gradients_of_tokens_outside_of_all_texts(flavor: str, launcher: str, width: int) -> None:
+    """Before the first offset and behind the last one: nobody looked at the offsets, and the memory is not blank."""
+    states = torch.arange(40.0 * width).reshape(40, width)
+    inside = torch.zeros(40, 1)
+    inside[2:5] = 1
+    problem = _packed(states, [2, 3, 3, 5]) | {
+        "pooled_grad": torch.ones(1, 3, width),
+        "layers": [0],
+        "indices": torch.zeros(1, 3, width, dtype=torch.int32),
+    }
+    grad = run(flavor, launcher, problem, 0).tensor("state.0.0", torch.float32, 40, width)
+    if launcher == "pool_backward_add":
+        assert torch.equal(grad, states + inside)
+    elif launcher == "pool_backward":
+        assert torch.equal(grad, inside.expand_as(grad))
+    else:
+        inside[4] = 0  # the last text's second token, not the first
+        assert torch.equal(grad, inside.expand_as(grad))
+
+
+@pytest.mark.parametrize("width", [1024, 5])
+def test_long_texts_are_pooled_to_the_last_digit(width: int) -> None:
+    states = 1 + 0.1 * torch.randn(2000, width, generator=torch.Generator().manual_seed(0))
+    pooled = run("plain", "pool", _packed(states, [0, 2000]), 0).tensor("pooled", torch.float32, width)
+    exact = states.double().sum(0)
+    assert ((pooled - exact).abs() < 1.5e-7 * exact).all()
+
+
 @pytest.mark.parametrize("flavor", emulation.FLAVORS)
 def test_no_tokens_at_all(flavor: str) -> None:
     rng = random.Random(0)

@@ -20,8 +20,38 @@ struct ScatterArgs {
   const float* grad_output;                       // scalar; nullptr: 1
   const void* incoming[kMaxLayers * kMaxBlocks];  // kAdd only; strides of the tokens
   int16_t layers[kMaxLayers];                     // of pooled_grad
+  int texts_of_layer;                             // see find_written
   int items_per_text;
 };
+
+// The texts of a layer, and after them, of packed tokens, those before the first text and those behind the last one:
+// their gradients are 0, or what came in, and nobody else would write them.
+constexpr int kOutsideTexts = 2;
+
+template <class Scalar>
+M2D_DEVICE Text<Scalar> find_written(const DeviceTokens& tokens, int layer, int index) {
+  if (index < tokens.num_texts) return find_text<Scalar>(tokens, layer, index);
+  const bool is_behind = index > tokens.num_texts;
+  Text<Scalar> text = find_text<Scalar>(tokens, layer, is_behind ? tokens.num_texts - 1 : 0);
+  const DeviceBlock& block = tokens.blocks[0];
+  const int64_t before = text.coefficients - block.coefficients;
+  if (is_behind) {
+    text.tokens += text.count * text.token_stride;
+    text.count = block.num_tokens - before - text.count;
+  } else {
+    text.tokens -= before * text.token_stride;
+    text.count = before;
+  }
+  text.coefficients = nullptr;
+  return text;
+}
+
+// dP of an item; what is outside of all texts has coefficient 0 and any row.
+M2D_DEVICE int64_t pooled_row(const ScatterArgs& p, int layer, int index) {
+  const DeviceTokens& tokens = p.tokens;
+  const int text = index < tokens.num_texts ? index : 0;
+  return (static_cast<int64_t>(p.layers[layer]) * tokens.num_texts + text) * tokens.dim;
+}
 
 // What is added to the gradients of a text's tokens: in their layout.
 template <class Scalar>
@@ -29,7 +59,7 @@ M2D_DEVICE const Scalar* incoming_tokens(const ScatterArgs& p, const Text<Scalar
                                          int index) {
   const DeviceTokens& tokens = p.tokens;
   int b = 0;
-  while (index >= tokens.blocks[b].first_text + tokens.blocks[b].num_texts) ++b;
+  while (b + 1 < tokens.num_blocks && index >= tokens.blocks[b + 1].first_text) ++b;
   const int place = layer * tokens.num_blocks + b;
   return static_cast<const Scalar*>(p.incoming[place]) +
          (text.tokens - static_cast<Scalar*>(tokens.states[place]));
@@ -48,7 +78,7 @@ M2D_DEVICE void scatter_tokens(const Text<Scalar>& text, const Scalar* added, in
   for (int i = 0; i < kBatch; ++i) {
     const int t = first + i * step;
     if (t >= end) continue;
-    a[i] = text.coefficients[t];
+    a[i] = text.coefficients == nullptr ? 0.0f : text.coefficients[t];
     if constexpr (kVectors && kAdd) {
       out[i].bits = load_streaming(reinterpret_cast<const uint4*>(
           added + static_cast<int64_t>(t) * text.token_stride + column));
@@ -91,15 +121,13 @@ __global__ void __launch_bounds__(kThreadsOfBlock)
   constexpr int kCount = RowShares<Scalar, kVectors>::kCount;
   const DeviceTokens& tokens = p.tokens;
   const float g = p.grad_output == nullptr ? 1.0f : *p.grad_output;
-  const int64_t texts = static_cast<int64_t>(tokens.num_layers) * tokens.num_texts;
+  const int64_t texts = static_cast<int64_t>(tokens.num_layers) * p.texts_of_layer;
   for (int64_t i = blockIdx.x; i < texts * p.items_per_text; i += gridDim.x) {
     const int64_t item = i / p.items_per_text;
-    const int layer = static_cast<int>(item / tokens.num_texts);
-    const int index = static_cast<int>(item % tokens.num_texts);
-    const Text<Scalar> text = find_text<Scalar>(tokens, layer, index);
-    const float* row =
-        p.pooled_grad +
-        (static_cast<int64_t>(p.layers[layer]) * tokens.num_texts + index) * tokens.dim;
+    const int layer = static_cast<int>(item / p.texts_of_layer);
+    const int index = static_cast<int>(item % p.texts_of_layer);
+    const Text<Scalar> text = find_written<Scalar>(tokens, layer, index);
+    const float* row = p.pooled_grad + pooled_row(p, layer, index);
     const Scalar* added = kAdd ? incoming_tokens(p, text, layer, index) : nullptr;
     for (int begin = 0; begin < tokens.dim; begin += kThreadsOfBlock * kCount) {
       const RowShares<Scalar, kVectors> shares(tokens.dim, begin, kThreadsOfBlock);
@@ -123,16 +151,15 @@ template <class Scalar>
 __global__ void __launch_bounds__(kThreadsOfBlock)
     scatter_max_kernel(const __grid_constant__ ScatterArgs p, const int32_t* indices) {
   const DeviceTokens& tokens = p.tokens;
-  const int64_t texts = static_cast<int64_t>(tokens.num_layers) * tokens.num_texts;
+  const int64_t texts = static_cast<int64_t>(tokens.num_layers) * p.texts_of_layer;
   for (int64_t i = blockIdx.x; i < texts; i += gridDim.x) {
-    const int layer = static_cast<int>(i / tokens.num_texts);
-    const int index = static_cast<int>(i % tokens.num_texts);
-    const Text<Scalar> text = find_text<Scalar>(tokens, layer, index);
-    const int64_t row =
-        (static_cast<int64_t>(p.layers[layer]) * tokens.num_texts + index) * tokens.dim;
+    const int layer = static_cast<int>(i / p.texts_of_layer);
+    const int index = static_cast<int>(i % p.texts_of_layer);
+    const Text<Scalar> text = find_written<Scalar>(tokens, layer, index);
+    const int64_t row = pooled_row(p, layer, index);
     for (int d = threadIdx.x; d < tokens.dim; d += kThreadsOfBlock) {
       const Scalar value = from_float<Scalar>(p.pooled_grad[row + d]);
-      const int64_t chosen = indices[row + d];
+      const int64_t chosen = index < tokens.num_texts ? indices[row + d] : -1;
       for (int64_t t = 0; t < text.count; ++t)
         text.tokens[t * text.token_stride + d] = t == chosen ? value : from_float<Scalar>(0.0f);
     }
@@ -146,6 +173,8 @@ ScatterArgs scatter_args(const PoolParams& params, const float* pooled_grad, con
   args.pooled_grad = pooled_grad;
   args.grad_output = grad_output;
   for (int64_t l = 0; l < params.num_layers; ++l) args.layers[l] = static_cast<int16_t>(layers[l]);
+  const bool packed = params.num_blocks > 0 && params.blocks[0].token_offsets != nullptr;
+  args.texts_of_layer = args.tokens.num_texts + (packed ? kOutsideTexts : 0);
   // Of a packed text only the sum of all lengths is known on the host.
   int64_t longest = 1;
   for (int64_t b = 0; b < params.num_blocks; ++b)
@@ -164,7 +193,7 @@ template <class Scalar, bool kAdd>
 cudaError_t launch_scatter(const PoolParams& params, const ScatterArgs& args, bool vectors,
                            cudaStream_t stream) {
   const Launch config =
-      scatter_launch(params.num_layers * params.num_texts * args.items_per_text, stream);
+      scatter_launch(params.num_layers * args.texts_of_layer * args.items_per_text, stream);
   return vectors ? launch(config, scatter_kernel<Scalar, true, kAdd>, args)
                  : launch(config, scatter_kernel<Scalar, false, kAdd>, args);
 }
@@ -211,7 +240,7 @@ cudaError_t launch_pool_max_backward(const PoolParams& params, StateType type,
                                      const float* pooled_grad, const int32_t* indices,
                                      const int64_t* layers, cudaStream_t stream) {
   const ScatterArgs args = scatter_args(params, pooled_grad, layers, nullptr);
-  const Launch config = scatter_launch(params.num_layers * params.num_texts, stream);
+  const Launch config = scatter_launch(params.num_layers * args.texts_of_layer, stream);
   switch (type) {
     case StateType::kFloat:
       return launch(config, scatter_max_kernel<float>, args, indices);
