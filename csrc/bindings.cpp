@@ -3,6 +3,7 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -96,19 +97,21 @@ PYBIND11_MODULE(_C, m) {
 
   using at::Tensor;
   using m2d::Deferrable;
+  using m2d::DeferredBackward;
   using m2d::DeferredHooks;
   namespace py = pybind11;
   m.def("deferrable", [](const std::vector<Tensor>& states, int64_t blocks) {
     Deferrable found = m2d::deferrable(states, blocks);
     return std::pair(std::move(found.places), std::move(found.leaf));
   });
+  py::class_<DeferredBackward, std::shared_ptr<DeferredBackward>>(m, "DeferredBackward")
+      .def("missing", &DeferredBackward::missing);
   py::class_<DeferredHooks>(m, "DeferredHooks", "See csrc/deferred.h and m2d_ext/deferred.py.")
       .def(py::init<const std::vector<Tensor>&, const std::vector<int64_t>&, int64_t,
                     const std::optional<Tensor>&, size_t>(),
            py::arg("states"), py::arg("places"), py::arg("blocks"), py::arg("cu_seqlens"),
            py::arg("own_references"))
       .def("start", &DeferredHooks::start)
-      .def("finish", &DeferredHooks::finish)
       .def_property_readonly("added", &DeferredHooks::added)
       .def_property_readonly("added_in_place", &DeferredHooks::added_in_place)
       .def_property_readonly("fewest_references", &DeferredHooks::fewest_references);

@@ -2,11 +2,14 @@
 
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/csrc/autograd/function_hook.h>
 #include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/variable.h>
 
-#include <algorithm>
+#include <initializer_list>
 #include <map>
 #include <unordered_map>
 #include <unordered_set>
@@ -70,6 +73,16 @@ void add_pooled_grad_(const Tensor& grad, const Tensor& pooled_grad,
   op.call(grad, pooled_grad, grad_output, coefficients, cu_seqlens);
 }
 
+// A hook runs on the stream of its state's layer, and what it reads belongs to the loss's: it must not be given to
+// others before it was read.
+void record_stream(const at::Device& device, std::initializer_list<std::optional<Tensor>> tensors) {
+  const c10::impl::VirtualGuardImpl guard(device.type());
+  const c10::Stream stream = guard.getStream(device);
+  for (const std::optional<Tensor>& tensor : tensors) {
+    if (tensor.has_value()) guard.recordDataPtrOnStream(tensor->storage().data_ptr(), stream);
+  }
+}
+
 }  // namespace
 
 Deferrable deferrable(const std::vector<Tensor>& states, int64_t blocks) {
@@ -92,74 +105,133 @@ Deferrable deferrable(const std::vector<Tensor>& states, int64_t blocks) {
   return result;
 }
 
-DeferredHooks::DeferredHooks(const std::vector<Tensor>& states, const std::vector<int64_t>& places,
-                             int64_t blocks, const std::optional<Tensor>& cu_seqlens,
-                             size_t own_references)
-    : hooks_(std::make_shared<Hooks>()) {
-  TORCH_CHECK(states.size() == places.size(), "a place is needed for each of the ", states.size(),
-              " states, got ", places.size());
-  hooks_->blocks = blocks;
-  hooks_->cu_seqlens = cu_seqlens;
-  hooks_->own_references = own_references;
-  for (size_t i = 0; i < states.size(); ++i) {
-    states[i].register_hook([hooks = hooks_, place = places[i]](const Tensor& grad) -> Tensor {
-      return hooks->add(place, grad);
-    });
-  }
+DeferredBackward::DeferredBackward(std::vector<Tensor> coefficients, const Tensor& pooled_grad,
+                                   const std::optional<Tensor>& grad_output,
+                                   const std::vector<int64_t>& expected)
+    : id_(torch::autograd::get_current_graph_task_id()),
+      coefficients_(std::move(coefficients)),
+      // With its history the graph would hold itself: states hold hooks.
+      pooled_grad_(pooled_grad.detach()),
+      grad_output_(grad_output.has_value() ? std::make_optional(grad_output->detach())
+                                           : std::nullopt),
+      expected_(expected.begin(), expected.end()) {}
+
+bool DeferredBackward::is_running() const {
+  return id_ == torch::autograd::get_current_graph_task_id();
 }
 
-void DeferredHooks::start(std::vector<Tensor> coefficients, const Tensor& pooled_grad,
-                          const std::optional<Tensor>& grad_output,
-                          const std::vector<int64_t>& expected) {
-  hooks_->coefficients = std::move(coefficients);
-  hooks_->pooled_grad = pooled_grad;
-  hooks_->grad_output = grad_output;
-  hooks_->expected = {expected.begin(), expected.end()};
-  hooks_->backward = torch::autograd::get_current_graph_task_id();
+void DeferredBackward::arrived(int64_t place) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  expected_.erase(place);
 }
 
-std::vector<int64_t> DeferredHooks::finish() {
-  const std::vector<int64_t> missing(hooks_->expected.begin(), hooks_->expected.end());
-  hooks_->backward = Hooks::kNone;
-  hooks_->coefficients.clear();
-  hooks_->pooled_grad.reset();
-  hooks_->grad_output.reset();
-  hooks_->expected.clear();
-  return missing;
+std::vector<int64_t> DeferredBackward::missing() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return {expected_.begin(), expected_.end()};
 }
 
-Tensor DeferredHooks::Hooks::add(int64_t place, const Tensor& grad) {
-  if (!grad.defined()) return {};  // where a backward is ours, `finish` reports it
-  fewest_references = std::min(fewest_references, grad.use_count());
-  if (backward == kNone || backward != torch::autograd::get_current_graph_task_id()) return {};
-  TORCH_CHECK(!grad.requires_grad(),
-              "the gradient of m2d_ext's loss cannot be differentiated again (create_graph=True)");
-  expected.erase(place);
-  const bool in_place = is_own(grad);
-  const Tensor flat = cu_seqlens.has_value() ? grad.reshape({-1, grad.size(-1)}) : grad;
-  const Tensor& table = coefficients[place % blocks];
-  ++added;
-  if (in_place) {
-    ++added_in_place;
-    add_pooled_grad_(flat, rows_of(place), grad_output, table, cu_seqlens);
-    return {};
-  }
-  return add_pooled_grad(flat, rows_of(place), grad_output, table, cu_seqlens).view(grad.sizes());
-}
-
-// dP of the texts of one layer and block.
-Tensor DeferredHooks::Hooks::rows_of(int64_t place) const {
-  const Tensor layer = pooled_grad.select(0, place / blocks);
+Tensor DeferredBackward::rows_of(int64_t place) const {
+  const int64_t blocks = static_cast<int64_t>(coefficients_.size());
+  const Tensor layer = pooled_grad_.select(0, place / blocks);
   if (blocks == 1) return layer;
   const int64_t block = place % blocks;
   int64_t first = 0;
-  for (int64_t b = 0; b < block; ++b) first += coefficients[b].size(0);
-  return layer.narrow(0, first, coefficients[block].size(0));
+  for (int64_t b = 0; b < block; ++b) first += coefficients_[b].size(0);
+  return layer.narrow(0, first, coefficients_[block].size(0));
+}
+
+// Of one output of a state's node.
+class DeferredHooks::Hook : public torch::autograd::FunctionPreHook {
+ public:
+  Hook(std::shared_ptr<Shared> shared, int64_t place, uint32_t output)
+      : shared_(std::move(shared)), place_(place), output_(output) {}
+
+  torch::autograd::variable_list operator()(const torch::autograd::variable_list& grads) override {
+    const Tensor& grad = grads[output_];
+    if (!grad.defined()) return grads;  // where the backward is ours, `missing` tells
+    Tensor sum = shared_->add(place_, grad);
+    torch::autograd::variable_list result = grads;
+    result[output_] = std::move(sum);
+    return result;
+  }
+
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override {
+    TORCH_CHECK_NOT_IMPLEMENTED(false,
+                                "m2d_ext's deferred gradients do not work with compiled autograd: "
+                                "construct the loss with deferred=False");
+  }
+
+ private:
+  const std::shared_ptr<Shared> shared_;
+  const int64_t place_;
+  const uint32_t output_;
+};
+
+DeferredHooks::DeferredHooks(const std::vector<Tensor>& states, const std::vector<int64_t>& places,
+                             int64_t blocks, const std::optional<Tensor>& cu_seqlens,
+                             size_t own_references)
+    : shared_(new Shared{blocks, cu_seqlens, own_references, {}, {}}) {
+  TORCH_CHECK(states.size() == places.size(), "a place is needed for each of the ", states.size(),
+              " states, got ", places.size());
+  for (size_t i = 0; i < states.size(); ++i) {
+    // Before the hooks of others: they may read the gradient, scale it or clip it.
+    auto& hooks = states[i].grad_fn()->tensor_pre_hooks();
+    hooks.insert(hooks.begin(),
+                 std::make_unique<Hook>(shared_, places[i], output_of(states[i]).second));
+  }
+}
+
+std::shared_ptr<DeferredBackward> DeferredHooks::start(std::vector<Tensor> coefficients,
+                                                       const Tensor& pooled_grad,
+                                                       const std::optional<Tensor>& grad_output,
+                                                       const std::vector<int64_t>& expected) {
+  auto backward = std::make_shared<DeferredBackward>(std::move(coefficients), pooled_grad,
+                                                     grad_output, expected);
+  const std::lock_guard<std::mutex> lock(shared_->mutex);
+  std::erase_if(shared_->backwards, [](const auto& one) { return one.expired(); });
+  shared_->backwards.push_back(backward);
+  return backward;
+}
+
+std::shared_ptr<DeferredBackward> DeferredHooks::Shared::running() {
+  const std::lock_guard<std::mutex> lock(mutex);
+  for (const std::weak_ptr<DeferredBackward>& one : backwards) {
+    std::shared_ptr<DeferredBackward> backward = one.lock();
+    if (backward != nullptr && backward->is_running()) return backward;
+  }
+  return nullptr;
+}
+
+Tensor DeferredHooks::Shared::add(int64_t place, const Tensor& given) {
+  const size_t references = given.use_count();
+  size_t fewest = fewest_references;
+  while (references < fewest && !fewest_references.compare_exchange_weak(fewest, references)) {
+  }
+  const std::shared_ptr<DeferredBackward> backward = running();
+  if (backward == nullptr) return given;
+  TORCH_CHECK(!at::GradMode::is_enabled() && !given.requires_grad(),
+              "the gradient of m2d_ext's loss cannot be differentiated again (create_graph=True)");
+  backward->arrived(place);
+  const bool in_place = is_own(given);
+  const Tensor grad = given.layout() == at::kStrided ? given : given.to_dense();
+  const Tensor flat = cu_seqlens.has_value() ? grad.reshape({-1, grad.size(-1)}) : grad;
+  const Tensor rows = backward->rows_of(place);
+  const Tensor& table = backward->table(place % blocks);
+  const std::optional<Tensor>& factor = backward->grad_output();
+  if (grad.is_cuda()) record_stream(grad.device(), {rows, table, factor, cu_seqlens});
+  ++added;
+  if (in_place) {
+    ++added_in_place;
+    add_pooled_grad_(flat, rows, factor, table, cu_seqlens);
+    return given;
+  }
+  return add_pooled_grad(flat, rows, factor, table, cu_seqlens).view(grad.sizes());
 }
 
 // What autograd asks before it accumulates in place. (An addition hands one gradient to both of its terms.)
-bool DeferredHooks::Hooks::is_own(const Tensor& grad) const {
-  return grad.is_cpu() && grad.is_contiguous() && !at::isTensorSubclassLike(grad) &&
+bool DeferredHooks::Shared::is_own(const Tensor& grad) const {
+  return grad.is_cpu() && grad.layout() == at::kStrided && grad.is_contiguous() &&
+         !grad._is_zerotensor() && !at::isTensorSubclassLike(grad) &&
          torch::autograd::impl::is_tensor_stealable(grad, own_references) && grad.has_storage() &&
          grad.storage().use_count() == 1;
 }

@@ -4,9 +4,11 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <atomic>
 #include <cstdint>
 #include <limits>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <set>
 #include <vector>
@@ -22,56 +24,78 @@ struct Deferrable {
 };
 Deferrable deferrable(const std::vector<Tensor>& states, int64_t blocks);
 
-// One hook on each of some hidden states. In the backward that `start` was called in it adds g a[n, t] dP[l, n, :] to the
-// gradient that autograd brings; in others it lets gradients pass. In place where autograd alone holds what it brings.
+// What the hooks add in one backward. Lives as long as that: autograd drops it with all else of the backward, also where
+// an error ended it.
+class DeferredBackward {
+ public:
+  DeferredBackward(std::vector<Tensor> coefficients, const Tensor& pooled_grad,
+                   const std::optional<Tensor>& grad_output, const std::vector<int64_t>& expected);
+
+  bool is_running() const;  // whether it is the one that this thread is in
+  void arrived(int64_t place);
+  std::vector<int64_t> missing() const;  // expected places that got no gradient
+
+  const Tensor& table(int64_t block) const { return coefficients_[block]; }
+  const std::optional<Tensor>& grad_output() const { return grad_output_; }
+  // dP of the texts of one layer and block.
+  Tensor rows_of(int64_t place) const;
+
+ private:
+  const int id_;  // autograd's
+  const std::vector<Tensor> coefficients_;
+  const Tensor pooled_grad_;
+  const std::optional<Tensor> grad_output_;
+  mutable std::mutex mutex_;  // of what follows: hooks of one backward may run on several threads
+  std::set<int64_t> expected_;
+};
+
+// One hook on each of some hidden states. In a backward that `start` was called in it adds g a[n, t] dP[l, n, :] to the
+// gradient that autograd brings, before any other hook of the state sees it; in others it lets gradients pass. In place
+// where autograd alone holds what it brings.
 class DeferredHooks {
  public:
-  // states[i] is the one at places[i] of the loss's states.
+  // states[i] is the one at places[i] of the loss's states, and no leaf.
   // own_references: of a gradient that autograd alone holds, as `fewest_references` has found them.
   DeferredHooks(const std::vector<Tensor>& states, const std::vector<int64_t>& places,
                 int64_t blocks, const std::optional<Tensor>& cu_seqlens, size_t own_references);
 
-  // A table per block, dP (L, N, D), g or nothing for 1, and the places that the present backward will come to.
-  void start(std::vector<Tensor> coefficients, const Tensor& pooled_grad,
-             const std::optional<Tensor>& grad_output, const std::vector<int64_t>& expected);
-
-  // The expected places that got no gradient.
-  std::vector<int64_t> finish();
+  // A table per block, dP (L, N, D), g or nothing for 1, and the places that the present backward will come to. For as
+  // long as the result lives, the hooks add.
+  std::shared_ptr<DeferredBackward> start(std::vector<Tensor> coefficients,
+                                          const Tensor& pooled_grad,
+                                          const std::optional<Tensor>& grad_output,
+                                          const std::vector<int64_t>& expected);
 
   // Additions so far, and how many of them were in place.
-  int64_t added() const { return hooks_->added; }
-  int64_t added_in_place() const { return hooks_->added_in_place; }
+  int64_t added() const { return shared_->added; }
+  int64_t added_in_place() const { return shared_->added_in_place; }
 
   // The fewest references to a gradient inside a hook so far: every version of torch has its own hands on the way.
-  size_t fewest_references() const { return hooks_->fewest_references; }
+  size_t fewest_references() const { return shared_->fewest_references; }
 
  private:
+  class Hook;
+
   // Lives as long as the states do.
-  struct Hooks {
-    static constexpr int kNone = -1;
+  struct Shared {
+    const int64_t blocks;
+    const std::optional<Tensor> cu_seqlens;  // packed states only
+    const size_t own_references;
 
-    int64_t blocks;
-    std::optional<Tensor> cu_seqlens;  // packed states only
-    size_t own_references;
+    std::mutex mutex;
+    std::vector<std::weak_ptr<DeferredBackward>> backwards;
 
-    // That of `start`, an id of autograd's: one that fails never comes to `finish`.
-    int backward = kNone;
-    std::vector<Tensor> coefficients;
-    Tensor pooled_grad;
-    std::optional<Tensor> grad_output;
-    std::set<int64_t> expected;
+    std::atomic<int64_t> added = 0;
+    std::atomic<int64_t> added_in_place = 0;
+    std::atomic<size_t> fewest_references = std::numeric_limits<size_t>::max();
 
-    int64_t added = 0;
-    int64_t added_in_place = 0;
-    size_t fewest_references = std::numeric_limits<size_t>::max();
-
-    // What takes the place of the gradient; undefined where that stays.
+    std::shared_ptr<DeferredBackward> running();
+    // The gradient with its addition; itself where nothing is to be added, or it was in place.
     Tensor add(int64_t place, const Tensor& grad);
-    Tensor rows_of(int64_t place) const;
     bool is_own(const Tensor& grad) const;
   };
 
-  const std::shared_ptr<Hooks> hooks_;
+  const std::shared_ptr<Shared> shared_;
 };
 
 }  // namespace m2d

@@ -13,7 +13,7 @@ and did not raises.
 """
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, TypeAlias
 
 import torch
@@ -58,8 +58,9 @@ class DeferredGradients:
         if not self.places or not self._runs_to_the_leaves():
             return False
         expected = [place for place in self.places if torch._C._will_engine_execute_node(edges[place][0])]
-        self._hooks.start(self._coefficients, pooled_grad, grad_output, expected)
-        torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+        backward = self._hooks.start(self._coefficients, pooled_grad, grad_output, expected)
+        # The callback holds what the hooks add, and is held by the backward alone, however that ends.
+        torch.autograd.Variable._execution_engine.queue_callback(partial(self._check, backward))
         return True
 
     def _runs_to_the_leaves(self) -> bool:
@@ -69,9 +70,8 @@ class DeferredGradients:
         except RuntimeError:  # the answer for a leaf that autograd.grad was asked for
             return False
 
-    def _finish(self) -> None:
-        missing = self._hooks.finish()
-        if missing:
+    def _check(self, backward: Any) -> None:
+        if missing := backward.missing():
             layers = sorted({place // len(self._coefficients) for place in missing})
             raise RuntimeError(
                 f"the gradients of layers {layers} would be lost: autograd did not bring their hidden states' own. "

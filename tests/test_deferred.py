@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -307,6 +310,93 @@ def test_no_second_derivative() -> None:
         (loss_of(encoder, True) + sum(s.square().sum() for s in encoder(tokens()[0][0]))).backward(create_graph=True)
 
 
+def test_a_user_sees_whole_gradients() -> None:
+    """Hooks of the states, registered before the loss or after it, may scale them or hold them."""
+    grads, seen = [], []
+    for deferred in (False, True):
+        encoder, kept = Encoder(), []
+        states = encoder(tokens()[0][0])
+        states[0].register_hook(lambda grad: grad * 0.5)
+        states[1].register_hook(kept.append)
+        loss = matryoshka_2d_loss(states, tokens()[1], deferred=deferred, **GRID)
+        states[0].register_hook(kept.append)
+        states[1].register_hook(lambda grad: grad * 0.25)
+        loss.backward()
+        grads.append(gradients(encoder))
+        seen.append(kept)
+    assert_same(grads[1], grads[0])
+    assert_same(seen[1], seen[0])
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_backward_inside_another_of_the_same_loss(nested: bool) -> None:
+    """Or beside it, on another thread, which starts and ends while the first is between two layers."""
+    grads = []
+    for deferred in (False, True):
+        encoder = Encoder()
+        states = encoder(tokens()[0][0])
+        loss = matryoshka_2d_loss(states, tokens()[1], deferred=deferred, **GRID)
+        inside: list[Any] = []
+
+        def second(_: Tensor, loss: Tensor = loss, inside: list[Any] = inside) -> None:
+            if not inside:
+                inside.append(threading.Thread(target=lambda: loss.backward(retain_graph=True)))
+                if nested:
+                    inside[0].run()
+                else:
+                    inside[0].start()
+                    inside[0].join()
+
+        states[1].register_hook(second)
+        loss.backward(retain_graph=True)
+        grads.append(gradients(encoder))
+    assert_same(grads[1], grads[0])
+
+
+class Held:
+    """By a node of the autograd graph."""
+
+
+def test_the_graph_is_freed_after_an_error() -> None:
+    """What the hooks keep of a backward must not keep the states, which keep the hooks."""
+    encoder, held = Encoder(), Held()
+    states = encoder(tokens()[0][0])
+    torch.autograd.graph.get_gradient_edge(states[0]).node.metadata["held"] = held
+    alive = weakref.ref(held)
+    loss = matryoshka_2d_loss(states, tokens()[1], deferred=True, **GRID)
+    with pytest.raises(RuntimeError, match="create_graph"):
+        (loss * states[0].sum()).backward(create_graph=True)
+    encoder.zero_grad()
+    del states, loss, held
+    gc.collect()
+    assert alive() is None
+
+
+def test_sparse_gradients(calls: Calls) -> None:
+    grads = []
+    for deferred in (False, True):
+        torch.manual_seed(0)
+        x = torch.randn(4, 3, WIDTH, dtype=torch.float64, requires_grad=True)
+        first = x * 2.0
+        index = torch.arange(WIDTH).flip(0).expand(4, 3, WIDTH).contiguous()
+        final = torch.gather(first, 2, index, sparse_grad=True)
+        loss = matryoshka_2d_loss([first, final], dims=[WIDTH], weights=[[1.0], [1.0]], deferred=deferred)
+        loss.backward()
+        grads.append(x.grad)
+    assert calls.added == 1
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-12, atol=1e-12)
+
+
+def test_compiled_autograd_is_refused() -> None:
+    encoder = Encoder()
+    loss = loss_of(encoder, True)
+    with (
+        pytest.raises(NotImplementedError, match="deferred=False"),
+        torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")),
+    ):
+        loss.backward()
+
+
 def model_gradients(
     architecture: str,
     deferred: bool,
@@ -486,7 +576,7 @@ FOLLOWERS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
     "viewed": (lambda state: (state.flatten() * 3.0).view_as(state), False),
     "held": (lambda state: GivesBack.apply(state, HELD, False), False),
     "saved": (lambda state: GivesBack.apply(state, HELD, True), False),
-    "kept by a hook": (_kept, False),
+    "kept by a hook": (_kept, True),  # which sees it after the addition
 }
 
 
@@ -502,7 +592,6 @@ def test_in_place_only_where_nobody_else_holds_it(name: str, calls: Calls) -> No
         torch.manual_seed(4)
         x = torch.randn(4, 3, WIDTH, dtype=torch.float64, requires_grad=True)
         first = x * 2.0
-        # Hooks run as they were registered: one before the loss's, as a user's would be.
         final = follow(first)
         grid = {"dims": [4, WIDTH], "weights": [[1.0, 0.5]] * 2, "kl_weights": [0.3, 0.0]}
         loss = matryoshka_2d_loss([first, final], mask, deferred=deferred, **grid)
