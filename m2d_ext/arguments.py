@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+import operator
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -162,7 +163,7 @@ def _read_cu_seqlens(cu_seqlens: Tensor, states: Tensor) -> Tensor:
         raise ValueError(f"cu_seqlens must have shape (N + 1,) with N >= 1, got {tuple(cu_seqlens.shape)}")
     if cu_seqlens.device != states.device:
         raise ValueError(f"cu_seqlens must be on the states' device {states.device}, got {cu_seqlens.device}")
-    offsets = cu_seqlens.long()
+    offsets = cu_seqlens.to(torch.int64, copy=True)  # the backward needs them, whatever becomes of the caller's
     # On other devices looking would synchronise; the kernels clamp, and M2D_CHECK=1 looks nevertheless.
     looks = offsets.device.type == "cpu" or os.environ.get("M2D_CHECK") == "1"
     if looks and not torch.compiler.is_compiling():
@@ -200,7 +201,10 @@ def read_grid(
     read = _read_weights
     if not (isinstance(weights, Tensor) or isinstance(kl_weights, Tensor) or torch.compiler.is_compiling()):
         # A training loop asks for the same thing in every step.
-        weights, kl_weights = tuple(map(tuple, weights)), tuple(kl_weights)
+        # Numbers all: a tensor would be known by its identity, and not by its value.
+        weights = tuple(tuple(_read_number("weights", weight) for weight in row) for row in weights)
+        kl_weights = tuple(_read_number("kl_weights", weight) for weight in kl_weights)
+        options = {name: _read_number(name, value) for name, value in options.items()}
         read = _read_weights_once
     return read(num_layers, num_columns, dims, weights, kl_weights, **options)
 
@@ -238,7 +242,10 @@ def _read_weights(
     return grid, *grid.active()
 
 
-_read_weights_once = functools.lru_cache(maxsize=64)(_read_weights)
+@functools.lru_cache(maxsize=64)
+def _read_weights_once(*shape_and_weights: Any, **options: Any) -> tuple[Grid, list[int], Grid]:
+    with torch.inference_mode(False):  # kept for steps that save the tensors for their backward
+        return _read_weights(*shape_and_weights, **options)
 
 
 def _check_columns(num_columns: int, num_texts: int) -> None:
@@ -255,17 +262,28 @@ def _check_columns(num_columns: int, num_texts: int) -> None:
 def _read_dims(dims: Sequence[int], width: int) -> tuple[int, ...]:
     if len(dims) == 0:
         raise ValueError("dims must hold at least one dimension, got none")
-    if any(not isinstance(d, int) or isinstance(d, bool) for d in dims):
+    if any(not hasattr(d, "__index__") or isinstance(d, bool) for d in dims):
         raise TypeError(f"dims must be ints, got {list(dims)}")
+    dims = tuple(map(operator.index, dims))  # numpy's are as good
     if dims[0] <= 0 or any(a >= b for a, b in itertools.pairwise(dims)):
         raise ValueError(f"dims must be positive, ascending and distinct, got {list(dims)}")
     if dims[-1] > width:
         raise ValueError(f"dims must not exceed the width {width}, got {list(dims)}")
-    return tuple(dims)
+    return dims
+
+
+def _read_number(name: str, value: Any) -> float:
+    """Numpy's, or a tensor's, too; a gradient is formed for none."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ValueError(f"{name} must be a number, got a tensor that requires grad")
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, got {value!r}") from None
 
 
 def _read_positive(name: str, value: float) -> float:
-    value = float(value)
+    value = _read_number(name, value)
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value}")
     return value

@@ -6,7 +6,8 @@ On the CPU the forward has even scattered, for the g that it expects: it writes 
 the next one's states. Any other g scatters again.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,27 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from . import ops
 from .deferred import DeferredGradients
 from .grid import Grid
+
+NO_SECOND_DERIVATIVE = "the gradient of m2d_ext's loss cannot be differentiated again (create_graph=True)"
+
+
+def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """For a ``backward`` whose results depend on the inputs through constants: differentiating them again raises.
+
+    torch's ``once_differentiable`` raises only where the incoming gradient has a history, and that of a loss is 1.
+    """
+    once = once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *grads: Tensor | None) -> Any:
+        results = once(ctx, *grads)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return results
+        results = results if isinstance(results, tuple) else (results,)
+        raising: Callable[..., Any] = torch._C._functions.DelayedError(NO_SECOND_DERIVATIVE.encode(), len(results))
+        return raising(*(None if r is None else r.detach().requires_grad_() for r in results))
+
+    return wrapper
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
@@ -153,7 +175,7 @@ class _Loss(torch.autograd.Function):
         return loss, cells, kl
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor) -> Any:
         if grad_loss is None:
             return (None,) * len(ctx.needs_input_grad)
@@ -171,7 +193,7 @@ class _PooledLoss(torch.autograd.Function):
         return loss, cells, kl
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor) -> Any:
         if grad_loss is None:
             return (None,) * len(ctx.needs_input_grad)
@@ -214,7 +236,7 @@ class _CoefficientGradients(torch.autograd.Function):
         return pooled.view_as(pooled)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad_pooled: Tensor) -> Any:
         tables, states = ctx.saved_tensors[: ctx.blocks], ctx.saved_tensors[ctx.blocks :]
         rows = grad_pooled.split([len(table) for table in tables], dim=1)

@@ -21,6 +21,8 @@ MAX_CUDA_LAYERS = 128
 MAX_CUDA_BLOCKS = 8
 MAX_CUDA_DIMS = 16
 MIN_CUDA_CAPABILITY = (8, 0)
+# Between them and others NVIDIA promises no compatibility of compiled code.
+TEGRA_CAPABILITIES = ((8, 7), (11, 0))
 
 
 @torch.compiler.assume_constant_result  # torch.compile cannot ask a device; what it answers is a constant there
@@ -85,16 +87,19 @@ def _launches_cooperatively(device: torch.device) -> bool:
 def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
     """Whether code for an entry of TORCH_CUDA_ARCH_LIST runs on a device.
 
-    "9.0" runs on 9.x from 9.0 on, "9.0+PTX" on all devices from there on, "9.0a" on 9.0 alone, and "10.0f" is taken
-    to do as much. Of a name, such as "Hopper", nothing is known: the launch will tell.
+    "9.0" runs on 9.x from 9.0 on, but not on a Tegra, "9.0+PTX" on all devices from there on, "9.0a" on 9.0 alone, and
+    "10.0f" is taken to do as much. Of a name, such as "Hopper", nothing is known: the launch will tell.
     """
     entry = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", arch)
     if entry is None:
         return True
     built = (int(entry[1]), int(entry[2]))
-    if entry[3]:
+    if entry[3] or built == capability:
         return built == capability
-    return built <= capability and (built[0] == capability[0] or entry[4] is not None)
+    if entry[4] is not None and built < capability:
+        return True
+    is_tegra = built in TEGRA_CAPABILITIES or capability in TEGRA_CAPABILITIES
+    return built[0] == capability[0] and built < capability and not is_tegra
 
 
 def pool(hidden_states: Sequence[Tensor], coefficients: Sequence[Tensor], cu_seqlens: Tensor | None) -> Tensor:

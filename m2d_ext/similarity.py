@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import ops
+from .autograd import first_derivative_only
 from .reference import NORM_EPS
 
 
@@ -64,7 +64,7 @@ class _Cosines(torch.autograd.Function):
         return cosines
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> Any:
         a, b, cosines, *others = ctx.saved_tensors
         needed = ctx.needs_input_grad[:2]

@@ -9,6 +9,7 @@ import threading
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,7 +18,7 @@ from torch import Tensor
 
 import m2d_ext
 import oracle
-from m2d_ext import autograd, functional, ops
+from m2d_ext import autograd, functional, ops, similarity
 from m2d_ext.functional import matryoshka_2d_loss, matryoshka_2d_loss_pooled, pool_layers
 
 COMPILED = m2d_ext.build_info()["build"] != "none"
@@ -587,6 +588,24 @@ def test_nearly_parallel_rows(spread: float, normalize: bool) -> None:
     assert oracle.relative_error(grad, expected) < 1e-5
 
 
+@backends
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("tokens", [2048, 2100])
+def test_long_texts(backend: str, tokens: int, packed: bool) -> None:
+    """Their means are nearly parallel: what a running sum in float32 loses is what the gradient is made of."""
+    generator = torch.Generator().manual_seed(0)
+    common, of_text = (torch.randn(shape, generator=generator) for shape in [(96,), (8, 1, 96)])
+    state = common + 0.01 * of_text + torch.randn(8, tokens, 96, generator=generator)
+    options = {"dims": [24, 96], "weights": [[1.0, 1.0]]}
+    exact = state.double().requires_grad_()
+    truth = oracle.loss_of_pooled(exact.mean(1)[None], num_columns=2, **options)
+    if packed:
+        state, options["cu_seqlens"] = state.flatten(0, 1), torch.arange(9) * tokens
+    loss = matryoshka_2d_loss([state.requires_grad_()], backend=backend, **options)
+    (grad,), (expected,) = torch.autograd.grad(loss, state), torch.autograd.grad(truth, exact)
+    assert oracle.relative_error(grad, expected.view(grad.shape)) < 1e-5
+
+
 @pytest.mark.skipif(not COMPILED, reason="no extension")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("pooling", ["mean", "weightedmean"])
@@ -609,6 +628,59 @@ def test_gradients_larger_than_the_cache(width: int, pooling: str, dtype: torch.
         assert torch.equal(a, b)
         torch.testing.assert_close(a, c)
         assert not a[mask == 0].any()
+
+
+SECOND_DERIVATIVES = {
+    "tokens": lambda x: matryoshka_2d_loss([x], dims=[2, 8], weights=[[1.0, 1.0]]),
+    "pooled": lambda x: matryoshka_2d_loss_pooled(x, dims=[2, 8], weights=[[1.0, 1.0]] * 4),
+    "pooling alone": lambda x: pool_layers([x]).square().sum(),
+    "cosines": lambda x: similarity.nested_cosines(x, x.flip(1), [2, 8]).square().sum(),
+}
+
+
+@pytest.mark.skipif(not COMPILED, reason="no extension")
+@pytest.mark.parametrize("name", SECOND_DERIVATIVES)
+def test_second_derivatives_are_right_or_refused(name: str) -> None:
+    """The gradient of a loss is asked for by a 1 that has no history."""
+    x = torch.randn(4, 6, 8, dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(SECOND_DERIVATIVES[name](x), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"create_graph|differentiate twice"):
+        grad.square().sum().backward()
+
+
+def test_offsets_changed_after_the_forward() -> None:
+    """A buffer that the next batch is written into."""
+    states = [torch.randn(12, 8, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    grads = []
+    for changes in (False, True):
+        offsets = torch.tensor([0, 3, 5, 9, 12])
+        loss = matryoshka_2d_loss(states, cu_seqlens=offsets, dims=[8], weights=[[1.0], [1.0]])
+        if changes:
+            offsets[1] = 1
+        grads.append(torch.autograd.grad(3 * loss, states))
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_loss_first_computed_in_inference_mode() -> None:
+    """What is kept of its weights serves a training step too."""
+    state = torch.randn(4, 3, 8, dtype=torch.float64)
+    grid = {"dims": [2, 8], "weights": [[0.123, 1.0]]}
+    with torch.inference_mode():
+        matryoshka_2d_loss([state], backend="reference", **grid)
+    loss = matryoshka_2d_loss([state.requires_grad_()], backend="reference", **grid)
+    torch.autograd.grad(loss, state)
+
+
+def test_numbers_of_other_kinds() -> None:
+    state = torch.randn(4, 3, 8)
+    expected = matryoshka_2d_loss([state], dims=[2, 8], weights=[[0.5, 1.0]], scale=7.0)
+    scale, weight = torch.tensor(1.0), torch.tensor(9.0)
+    options = {"dims": list(np.array([2, 8])), "weights": [[weight, np.float32(1.0)]], "scale": scale}
+    matryoshka_2d_loss([state], **options)
+    scale.fill_(7.0)  # known by their values, and not by who they are
+    weight.fill_(0.5)
+    assert torch.equal(matryoshka_2d_loss([state], **options), expected)
 
 
 @pytest.mark.skipif(not COMPILED, reason="no extension")
@@ -642,6 +714,17 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "kl_weights of the teacher": ({"kl_weights": [1, 1]}, ValueError, "kl_weights must be 0 for the final layer"),
     "kl_weights not finite": ({"kl_weights": [math.inf, 0]}, ValueError, "kl_weights must be finite"),
     "temperature": ({"kl_temperature": 0}, ValueError, "kl_temperature must be positive and finite, got 0.0"),
+    "weights learned": (
+        {"weights": [[torch.ones((), requires_grad=True), 1], [1, 1]]},
+        ValueError,
+        "weights must be a number, got a tensor that requires grad",
+    ),
+    "scale learned": (
+        {"scale": torch.ones((), requires_grad=True)},
+        ValueError,
+        "scale must be a number, got a tensor",
+    ),
+    "scale a word": ({"scale": "big"}, TypeError, "scale must be a number, got 'big'"),
     "scale": ({"scale": -1}, ValueError, "scale must be positive and finite, got -1.0"),
     "one column": ({"num_columns": 1}, ValueError, "num_columns must be at least 2"),
     "columns do not divide": ({"num_columns": 3}, ValueError, "num_columns must divide the 4 texts, got 3"),
