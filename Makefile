@@ -107,7 +107,7 @@ sanitize: $(INSTALLED)
 	M2D_SANITIZE=1 M2D_BUILD=cpu $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --target $(SANITIZED) .
 	cp -R tests pyproject.toml $(SANITIZED)
 	cd $(SANITIZED) && LD_PRELOAD="$(SANITIZER)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-		PYTHONPATH=. $(CURDIR)/$(BIN)/pytest -p no:cacheprovider tests/test_functional.py tests/test_ops.py tests/test_similarity.py tests/test_fuzz.py
+		PYTHONPATH=. $(CURDIR)/$(BIN)/pytest -p no:cacheprovider tests/test_functional.py tests/test_ops.py tests/test_deferred.py tests/test_similarity.py tests/test_fuzz.py
 
 # The real extension, for one architecture, in an environment of its own: a CUDA build of torch beside the CPU one.
 # Needs nvcc (CUDA_HOME), no GPU. Built from a copy: a build for another torch has no place among the checkout's objects.

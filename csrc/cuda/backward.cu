@@ -24,8 +24,8 @@ struct ScatterArgs {
   int items_per_text;
 };
 
-// The texts of a layer, and after them, of packed tokens, those before the first text and those behind the last one:
-// their gradients are 0, or what came in, and nobody else would write them.
+// The texts of a layer, and after them, of packed tokens, those before the first text and those behind the last one,
+// which get 0: nobody else would write their gradients.
 constexpr int kOutsideTexts = 2;
 
 template <class Scalar>
@@ -37,20 +37,14 @@ M2D_DEVICE Text<Scalar> find_written(const DeviceTokens& tokens, int layer, int 
   const int64_t before = text.coefficients - block.coefficients;
   if (is_behind) {
     text.tokens += text.count * text.token_stride;
+    text.coefficients += text.count;
     text.count = block.num_tokens - before - text.count;
   } else {
     text.tokens -= before * text.token_stride;
+    text.coefficients = block.coefficients;
     text.count = before;
   }
-  text.coefficients = nullptr;
   return text;
-}
-
-// dP of an item; what is outside of all texts has coefficient 0 and any row.
-M2D_DEVICE int64_t pooled_row(const ScatterArgs& p, int layer, int index) {
-  const DeviceTokens& tokens = p.tokens;
-  const int text = index < tokens.num_texts ? index : 0;
-  return (static_cast<int64_t>(p.layers[layer]) * tokens.num_texts + text) * tokens.dim;
 }
 
 // What is added to the gradients of a text's tokens: in their layout.
@@ -78,7 +72,7 @@ M2D_DEVICE void scatter_tokens(const Text<Scalar>& text, const Scalar* added, in
   for (int i = 0; i < kBatch; ++i) {
     const int t = first + i * step;
     if (t >= end) continue;
-    a[i] = text.coefficients == nullptr ? 0.0f : text.coefficients[t];
+    a[i] = text.coefficients[t];
     if constexpr (kVectors && kAdd) {
       out[i].bits = load_streaming(reinterpret_cast<const uint4*>(
           added + static_cast<int64_t>(t) * text.token_stride + column));
@@ -127,14 +121,16 @@ __global__ void __launch_bounds__(kThreadsOfBlock)
     const int layer = static_cast<int>(item / p.texts_of_layer);
     const int index = static_cast<int>(item % p.texts_of_layer);
     const Text<Scalar> text = find_written<Scalar>(tokens, layer, index);
-    const float* row = p.pooled_grad + pooled_row(p, layer, index);
+    const float* row =
+        p.pooled_grad +
+        (static_cast<int64_t>(p.layers[layer]) * tokens.num_texts + index) * tokens.dim;
     const Scalar* added = kAdd ? incoming_tokens(p, text, layer, index) : nullptr;
     for (int begin = 0; begin < tokens.dim; begin += kThreadsOfBlock * kCount) {
       const RowShares<Scalar, kVectors> shares(tokens.dim, begin, kThreadsOfBlock);
       const int step = shares.num_groups;
       if (shares.group >= step) continue;
-      float x[kCount];
-      load_scaled<kVectors ? 4 : 1>(row + shares.column, g, x);
+      float x[kCount] = {};
+      if (index < tokens.num_texts) load_scaled<kVectors ? 4 : 1>(row + shares.column, g, x);
       const int count = static_cast<int>(text.count);
       for (int run = static_cast<int>(i % p.items_per_text) * kTokensPerItem; run < count;
            run += p.items_per_text * kTokensPerItem) {
@@ -156,10 +152,12 @@ __global__ void __launch_bounds__(kThreadsOfBlock)
     const int layer = static_cast<int>(i / p.texts_of_layer);
     const int index = static_cast<int>(i % p.texts_of_layer);
     const Text<Scalar> text = find_written<Scalar>(tokens, layer, index);
-    const int64_t row = pooled_row(p, layer, index);
+    const int64_t row =
+        (static_cast<int64_t>(p.layers[layer]) * tokens.num_texts + index) * tokens.dim;
+    const bool is_text = index < tokens.num_texts;
     for (int d = threadIdx.x; d < tokens.dim; d += kThreadsOfBlock) {
-      const Scalar value = from_float<Scalar>(p.pooled_grad[row + d]);
-      const int64_t chosen = index < tokens.num_texts ? indices[row + d] : -1;
+      const Scalar value = from_float<Scalar>(is_text ? p.pooled_grad[row + d] : 0.0f);
+      const int64_t chosen = is_text ? indices[row + d] : -1;
       for (int64_t t = 0; t < text.count; ++t)
         text.tokens[t * text.token_stride + d] = t == chosen ? value : from_float<Scalar>(0.0f);
     }
@@ -173,7 +171,7 @@ ScatterArgs scatter_args(const PoolParams& params, const float* pooled_grad, con
   args.pooled_grad = pooled_grad;
   args.grad_output = grad_output;
   for (int64_t l = 0; l < params.num_layers; ++l) args.layers[l] = static_cast<int16_t>(layers[l]);
-  const bool packed = params.num_blocks > 0 && params.blocks[0].token_offsets != nullptr;
+  const bool packed = params.num_texts > 0 && params.blocks[0].token_offsets != nullptr;
   args.texts_of_layer = args.tokens.num_texts + (packed ? kOutsideTexts : 0);
   // Of a packed text only the sum of all lengths is known on the host.
   int64_t longest = 1;
