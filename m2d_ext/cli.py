@@ -2,15 +2,20 @@
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
+from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from transformers.utils import logging
 
 from . import inference, training
-from .inference import Choice, Grid, GridEvaluator, Profile, plots, truncate_model
+from ._version import __version__
+from .inference import Choice, Grid, GridEvaluator, Profile, outputs, plots, truncate_model
+from .inference.tables import SUFFIXES, read_table
 
 try:
     import typer
@@ -19,21 +24,47 @@ try:
 except ImportError:
     raise SystemExit("m2d needs typer and rich: pip install 'm2d_ext[cli]'") from None
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="From a trained 2D Matryoshka model to the cell that you deploy.",
-)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-READERS = (".tsv", ".csv", ".jsonl", ".json")
+INTERRUPTED = 130  # as shells have it: 128 and the number of the signal
 
 Model = Annotated[str, typer.Argument(help="A SentenceTransformer: a folder or a name.", show_default=False)]
+Dims = Annotated[str | None, typer.Option(help="As 384,128.", show_default="the model's and its halves")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the model in OUTPUT, and all beside it there.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON alone.")]
+
+
+class FinalNorm(str, Enum):
+    """Of the loss."""
+
+    skip = "skip"
+    apply = "apply"
+
+
+class KLTarget(str, Enum):
+    """Of the loss."""
+
+    features = "features"
+    scores = "scores"
 
 
 class Refusal(Exception):
     """Bad input: one line, and exit code 2."""
+
+
+@app.callback(invoke_without_command=True)
+def start(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print it and end.")] = False
+) -> None:
+    """From a trained 2D Matryoshka model to the cell that you deploy."""
+    if version:
+        print(f"m2d_ext {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        text = context.get_help()
+        if text:  # none where rich has printed it
+            print(text)
+        raise typer.Exit(2)
 
 
 @app.command(
@@ -54,60 +85,91 @@ def train(
         str | None, typer.Option("--eval", help="Rows to score the grid on before and after, as for m2d grid.")
     ] = None,
     split: Annotated[str, typer.Option(help="Of a named dataset.")] = "train",
-    dims: Annotated[str | None, typer.Option(help="As 384,128. [the model's and its halves]")] = None,
+    dims: Dims = None,
     layers_per_step: Annotated[int, typer.Option(help="Earlier layers drawn per step; -1 for all.")] = -1,
     dims_per_step: Annotated[int, typer.Option(help="Dims drawn per step; -1 for all.")] = -1,
-    epochs: Annotated[float, typer.Option(min=0)] = 1.0,
+    epochs: Annotated[float, typer.Option(help="More than 0.")] = 1.0,
     steps: Annotated[int | None, typer.Option(min=1, help="In place of epochs.")] = None,
     batch_size: Annotated[int, typer.Option(min=2)] = 64,
-    mini_batch_size: Annotated[int | None, typer.Option(help="Embed so many texts at a time: less memory.")] = None,
-    lr: Annotated[float, typer.Option(help="At the end of the warmup.")] = 5e-5,
+    mini_batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Embed so many texts at a time: less memory.")
+    ] = None,
+    lr: Annotated[float, typer.Option(help="At the end of the warmup; more than 0.")] = 5e-5,
     warmup_ratio: Annotated[float, typer.Option(min=0, max=1)] = 0.1,
-    max_length: Annotated[int | None, typer.Option(help="Tokens per text. [the model's]")] = None,
-    final_norm: Annotated[str, typer.Option(help="apply: train what a pre-norm model serves when cut.")] = "skip",
-    kl_target: Annotated[str, typer.Option(help="features or scores.")] = "features",
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens per text, in the training and in both grids. The saved model keeps its own limit.",
+            show_default="the model's",
+        ),
+    ] = None,
+    prior_layers_weight: Annotated[
+        float, typer.Option(min=0, help="Of the mean of the earlier layers' losses; their number is a good choice.")
+    ] = 1.0,
+    kl_weight: Annotated[float, typer.Option(min=0, help="Of the pull of the last layer on the earlier ones.")] = 1.0,
+    final_norm: Annotated[
+        FinalNorm, typer.Option(help="apply: train what a pre-norm model serves when cut.")
+    ] = FinalNorm.skip,
+    kl_target: Annotated[
+        KLTarget, typer.Option(help="What the last layer teaches: its embeddings, or how it ranks the batch.")
+    ] = KLTarget.features,
     seed: int = 0,
-    heatmap: Annotated[Path | None, typer.Option(help="Draw the grids before and after.")] = None,
+    heatmap: Annotated[Path | None, typer.Option(help="Draw the grids before and after; needs --eval.")] = None,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Train all layers × all dims of MODEL on pairs or triplets."""
-    rows = _read_rows(data, split)
-    tests = None if evaluate is None else _read_rows(evaluate, "test")
+    outputs.check_folder("OUTPUT", output, overwrite)
+    if heatmap is not None and evaluate is None:
+        raise Refusal("--heatmap needs --eval, whose grids it draws")
+    _check_pictures(heatmap=heatmap)
     widths = _numbers("--dims", dims)
+    rows = _read_rows("--data", data, split)
+    evaluator = None
+    if evaluate is not None:
+        evaluator = GridEvaluator(_read_rows("--eval", evaluate, "test"), dims=widths, show_progress_bar=False)
     loaded = _load(model)
-    evaluator = None if tests is None else GridEvaluator(tests, dims=widths, show_progress_bar=False)
-    before = None if evaluator is None else evaluator.grid(loaded)
-    loss = training.train(
-        loaded,
-        rows,
-        output,
-        dims=widths,
-        epochs=epochs,
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=lr,
-        warmup_ratio=warmup_ratio,
-        max_length=max_length,
-        seed=seed,
-        show_progress=not as_json,
-        n_layers_per_step=layers_per_step,
-        n_dims_per_step=dims_per_step,
-        mini_batch_size=mini_batch_size,
-        final_norm=final_norm,
-        kl_target=kl_target,
-    )
-    after = None if evaluator is None else evaluator.grid(loaded)
-    if after is not None:
-        _write(heatmap, lambda path: plots.heatmap(after, path, before))
-    facts: dict[str, Any] = {"output": str(output), "training_loss": loss}
-    grids = {name: grid.to_json() for name, grid in (("before", before), ("after", after)) if grid is not None}
+    with _options_named(
+        n_layers_per_step="--layers-per-step",
+        n_dims_per_step="--dims-per-step",
+        epochs="--epochs",
+        learning_rate="--lr",
+        max_length="--max-length",
+    ):
+        trained = training.train(
+            loaded,
+            rows,
+            output,
+            dims=widths,
+            evaluator=evaluator,
+            epochs=epochs,
+            steps=steps,
+            batch_size=batch_size,
+            learning_rate=lr,
+            warmup_ratio=warmup_ratio,
+            max_length=max_length,
+            seed=seed,
+            show_progress=not as_json,
+            overwrite=overwrite,
+            n_layers_per_step=layers_per_step,
+            n_dims_per_step=dims_per_step,
+            mini_batch_size=mini_batch_size,
+            prior_layers_weight=prior_layers_weight,
+            kl_div_weight=kl_weight,
+            final_norm=final_norm.value,
+            kl_target=kl_target.value,
+        )
+    grids = {name: grid for name, grid in (("before", trained.before), ("after", trained.after)) if grid is not None}
+    if heatmap is not None:
+        _write(heatmap, lambda path: plots.heatmap(grids["after"], path, grids["before"]))
+    facts = {"output": str(output), "training_loss": trained.loss}
     if as_json:
-        print(json.dumps(facts | grids, indent=1))
+        print(json.dumps(facts | {name: grid.to_json() for name, grid in grids.items()}, indent=1))
         return
-    for title, grid in (("before", before), ("after", after)):
-        if grid is not None:
-            Console().print(_grid_table(grid, f"{title}: "))
-    Console().print(f"mean loss {loss:.4f}; model in {output}")
+    for name, grid in grids.items():
+        Console().print(_grid_table(grid, f"{name}: "))
+    Console().print(f"mean loss {trained.loss:.4f}; model in {output}")
 
 
 @app.command(
@@ -119,12 +181,12 @@ def grid(
         str,
         typer.Option(
             help="Rows: .tsv, .csv or .jsonl, perhaps .gz, or a dataset's name. Columns: sentence1, sentence2 and "
-            "score or label; anchor, positive, perhaps negative.",
+            "score or label (0 and 1 are classes, fractions are scores); anchor, positive, perhaps negative.",
             show_default=False,
         ),
     ],
-    dims: Annotated[str | None, typer.Option(help="As 384,128. [the model's and its halves]")] = None,
-    layers: Annotated[str | None, typer.Option(help="As 0,3,6. [all]")] = None,
+    dims: Dims = None,
+    layers: Annotated[str | None, typer.Option(help="As 0,3,6.", show_default="all")] = None,
     split: Annotated[str, typer.Option(help="Of a named dataset.")] = "test",
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     output: Annotated[Path | None, typer.Option(help="Write the grid as JSON.")] = None,
@@ -134,11 +196,12 @@ def grid(
     as_json: AsJson = False,
 ) -> None:
     """Score every layer and dim of MODEL, from one encode of the data."""
+    _check_files(output=output, csv=csv)
+    _check_pictures(heatmap=heatmap, curves=curves)
     wanted = {"layers": _numbers("--layers", layers), "dims": _numbers("--dims", dims)}
-    rows = _read_rows(data, split)
-    loaded = _load(model)
+    rows = _read_rows("--data", data, split)
     evaluator = GridEvaluator(rows, **wanted, batch_size=batch_size, show_progress_bar=False)  # type: ignore[arg-type]
-    found = evaluator.grid(loaded)
+    found = evaluator.grid(_load(model))
     for path, write in (
         (output, found.write),
         (csv, found.write_csv),
@@ -152,13 +215,14 @@ def grid(
 @app.command(epilog="Example: m2d profile outputs/model --output profile.json")
 def profile(
     model: Model,
-    layers: Annotated[str | None, typer.Option(help="As 2,4,6. [all]")] = None,
+    layers: Annotated[str | None, typer.Option(help="As 2,4,6.", show_default="all")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds; figures are medians.")] = 5,
     output: Annotated[Path | None, typer.Option(help="Write the profile as JSON.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure how fast MODEL encodes on this machine, cut to fewer layers."""
+    _check_files(output=output)
     numbers = _numbers("--layers", layers)
     found = inference.profile(_load(model), layers=numbers, batch_size=batch_size, repeats=repeats)
     _write(output, found.write)
@@ -179,6 +243,7 @@ def choose(
     """Pick a cell of GRID, and list the cells worth having."""
     if (profile is None) == (model is None):
         raise Refusal("give one of --profile and --model")
+    _check_pictures(plot=plot)
     _check_file(grid)
     found = inference.Grid.read(grid)
     if profile is not None:
@@ -186,7 +251,8 @@ def choose(
         costs = inference.Profile.read(profile)
     else:
         costs = inference.profile(_load(str(model)), layers=found.layers)
-    choice = inference.choose(found, costs, min_quality=min_quality, max_latency=max_latency, max_bytes=max_bytes)
+    with _options_named(min_quality="--min-quality", max_latency="--max-latency", max_bytes="--max-bytes"):
+        choice = inference.choose(found, costs, min_quality=min_quality, max_latency=max_latency, max_bytes=max_bytes)
     _write(plot, lambda path: plots.front(choice, path))
     _show(as_json, choice.to_json(), lambda: _choice_table(choice))
 
@@ -195,18 +261,19 @@ def choose(
 def cut(
     model: Model,
     output: Annotated[Path, typer.Argument(help="The folder of the cut model.", show_default=False)],
-    layers: Annotated[int | None, typer.Option(help="Layers to keep. [all]")] = None,
-    dim: Annotated[int | None, typer.Option(help="Dimensions to keep. [all]")] = None,
+    layers: Annotated[int | None, typer.Option(help="Layers to keep.", show_default="all")] = None,
+    dim: Annotated[int | None, typer.Option(help="Dimensions to keep.", show_default="all")] = None,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Save MODEL's first layers and dimensions: a plain SentenceTransformer."""
     if layers is None and dim is None:
         raise Refusal("give --layers, --dim or both")
-    if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
-        raise Refusal(f"{output} exists and is not an empty folder")
+    outputs.check_folder("OUTPUT", output, overwrite)
     loaded = _load(model)
     small = truncate_model(loaded, layers, dim)
-    small.save_pretrained(str(output))
+    with outputs.new_folder(output, overwrite) as folder:
+        small.save_pretrained(str(folder))
     sizes = [sum(p.numel() for p in each.parameters()) for each in (loaded, small)]
     facts = {**small[0].auto_model.config.m2d_ext_cut, "parameters": sizes[1], "of_parameters": sizes[0]}
     _show(as_json, {"output": str(output), **facts}, lambda: _facts_table(str(output), facts))
@@ -215,17 +282,26 @@ def cut(
 def main() -> None:
     """The console script."""
     try:
-        # Typer's own messages for what it refuses by itself.
-        app(standalone_mode=False)
+        # Typer's own messages for what it refuses by itself. Its versions return the code of an exit, or raise it; and
+        # of an interrupt they make an exit or an abort, or let it pass.
+        code = app(standalone_mode=False)
     except typer.Exit as done:
-        raise SystemExit(done.exit_code) from None
+        code = done.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
     except (Refusal, ValueError, ImportError) as error:
         _fail(str(error), 2)
+    except (OSError, SafetensorError) as error:
+        _fail(str(error), 1)
     except Exception as error:
         message = getattr(error, "format_message", None)
         if message is None:
             raise
         _fail(message(), getattr(error, "exit_code", 2))
+    if code == INTERRUPTED:
+        _fail("interrupted", INTERRUPTED)
+    if code:
+        raise SystemExit(code)
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -242,45 +318,54 @@ def _numbers(option: str, text: str | None) -> list[int] | None:
         raise Refusal(f"{option} must be numbers with commas between, got {text!r}") from None
 
 
+@contextmanager
+def _options_named(**options: str) -> Iterator[None]:
+    """A message of the library starts with the name of its argument; here, of the option that gave it."""
+    try:
+        yield
+    except ValueError as error:
+        name, _, rest = str(error).partition(" ")
+        if name not in options:
+            raise
+        raise Refusal(f"{options[name]} {rest}") from error
+
+
 def _check_file(path: Path) -> None:
     if not path.is_file():
         raise Refusal(f"there is no file {path}")
 
 
-def _read_rows(data: str, split: str) -> Any:
-    """A datasets.Dataset of a file or a name."""
+def _check_files(**paths: Path | None) -> None:
+    """Before the work, of the options that say where results go."""
+    for name, path in paths.items():
+        if path is not None:
+            outputs.check_file(f"--{name}", path)
+
+
+def _check_pictures(**paths: Path | None) -> None:
+    for name, path in paths.items():
+        if path is not None:
+            plots.check_suffix(f"--{name}", path)
+    _check_files(**paths)
+
+
+def _read_rows(option: str, data: str, split: str) -> Any:
+    """Rows of a file or of a named dataset."""
     path = Path(data)
-    name = path.name.removesuffix(".gz")
-    if not name.endswith(READERS):
-        if path.exists():
-            raise Refusal(f"{data} must end in {', '.join(READERS)}, perhaps with .gz")
-        return _named_rows(data, split)
+    if not path.name.removesuffix(".gz").endswith(SUFFIXES) and not path.exists():
+        return _named_rows(option, data, split)
     _check_file(path)
-    return _file_rows(data, name)
+    return read_table(path)
 
 
-def _file_rows(data: str, name: str) -> Any:
-    from datasets import Dataset, disable_progress_bars
+def _named_rows(option: str, name: str, split: str) -> Any:
+    from datasets import disable_progress_bars, load_dataset
 
     disable_progress_bars()
     try:
-        if name.endswith((".jsonl", ".json")):
-            return Dataset.from_json(data)
-        # Quotation marks are text in tab-separated files, as everywhere in this field.
-        options: dict[str, Any] = {"delimiter": "\t", "quoting": 3} if name.endswith(".tsv") else {}
-        return Dataset.from_csv(data, **options)
-    except Exception as error:  # of many kinds, by what the file is like
-        reason = "it must hold at least one row, got none" if "no data" in str(error) else str(error)
-        raise Refusal(f"{data} cannot be read: {reason}") from error
-
-
-def _named_rows(name: str, split: str) -> Any:
-    from datasets import load_dataset
-
-    try:
         return load_dataset(name, split=split)
     except Exception as error:  # of many kinds: no network, no such name, no such split
-        raise Refusal(f"--data {name} is no file, and no dataset that can be loaded: {error}") from error
+        raise Refusal(f"{option} {name} is no file, and no dataset that can be loaded: {error}") from error
 
 
 def _load(name: str) -> Any:
@@ -289,8 +374,8 @@ def _load(name: str) -> Any:
         raise Refusal(f"there is no folder {name}")
     try:
         return SentenceTransformer(str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name)
-    except OSError as error:
-        raise Refusal(f"{name} is no model that can be loaded: {error}") from error
+    except Exception as error:  # of many kinds, by which of its files is missing or broken
+        raise Refusal(f"{name} is no model that can be loaded: {type(error).__name__}: {error}") from error
 
 
 def _write(path: Path | None, write: Callable[[Path], None]) -> None:

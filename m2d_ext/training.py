@@ -1,6 +1,10 @@
 """Train a 2D Matryoshka model on pairs or triplets, as ``m2d train`` does."""
 
-from collections.abc import Sequence
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +18,29 @@ from sentence_transformers.sentence_transformer.training_args import BatchSample
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback
 
-from .inference.evaluator import default_dims
+from .inference.evaluator import GridEvaluator, check_numbers, default_dims
+from .inference.grid import Grid
+from .inference.outputs import check_folder, new_folder
+from .inference.tables import table_of
+from .inference.truncate import count_layers
 from .losses import Matryoshka2dLoss
+
+logger = logging.getLogger("m2d_ext")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came of a training.
+
+    Args:
+        loss: the mean over its steps.
+        before: the grid before it; None without an evaluator.
+        after: the grid after it.
+    """
+
+    loss: float
+    before: Grid | None = None
+    after: Grid | None = None
 
 
 def train(
@@ -23,7 +48,8 @@ def train(
     data: Any,
     output: str | Path,
     *,
-    dims: list[int] | None = None,
+    dims: Sequence[int] | None = None,
+    evaluator: GridEvaluator | None = None,
     epochs: float = 1.0,
     steps: int | None = None,
     batch_size: int = 64,
@@ -32,60 +58,65 @@ def train(
     max_length: int | None = None,
     seed: int = 0,
     show_progress: bool = True,
+    overwrite: bool = False,
     **options: Any,
-) -> float:
+) -> Trained:
     """Train every layer × dim of a model by in-batch negatives, and save it.
 
     AdamW, a linear warmup and then a linear decay to 0; no batch holds a text twice, which would be its own negative.
+    The output folder appears when the model in it is whole.
 
     Args:
         model: it is trained in place.
-        data: a ``datasets.Dataset`` with the columns anchor and positive, and perhaps negative; others are left out.
-        output: folder for the model.
+        data: a ``datasets.Dataset`` or a sequence of mappings with the columns anchor and positive, and perhaps
+            negative; others are left out.
+        output: folder for the model, new or empty.
         dims: None: the model's width and its halves down to 32.
+        evaluator: of the grids before and after.
         epochs: passes over the data; not looked at where there are steps.
         steps: optimiser steps.
         batch_size: rows per step.
         learning_rate: at the end of the warmup.
         warmup_ratio: share of the steps in which it rises.
-        max_length: tokens per text; None: as the model says.
+        max_length: tokens per text in the training and in both grids; the saved model keeps its own limit. None: that.
         seed: of the order, the dropout and the draws.
         show_progress: whether to show a bar and the losses.
+        overwrite: whether a model in the output folder is replaced.
         options: of :class:`m2d_ext.Matryoshka2dLoss`; without any all layers × all dims are trained.
 
     Returns:
-        The mean training loss.
+        The mean training loss and the grids, as :class:`Trained`.
 
     Raises:
-        ValueError: no rows, fewer than a batch, or other columns; what the loss says.
+        TypeError: numbers that are not ints; data that are no rows.
+        ValueError: no rows, fewer than a batch, other columns or an empty text; an output folder that is not empty;
+            dims or draws that the model does not have; as :func:`fit` and :func:`limited_length`; what the loss says.
     """
-    columns = [name for name in ("anchor", "positive", "negative") if name in data.column_names]
-    if columns[:2] != ["anchor", "positive"]:
-        raise ValueError(f"data must have the columns anchor and positive, got {', '.join(data.column_names)}")
-    if len(data) < batch_size:
-        raise ValueError(f"data must hold at least a batch of {batch_size} rows, got {len(data)}")
-    if max_length is not None:
-        model.max_seq_length = max_length
-    every = {"n_layers_per_step": -1, "n_dims_per_step": -1}
-    width = model.get_embedding_dimension() or 0
-    loss = Matryoshka2dLoss(
-        model, MultipleNegativesRankingLoss(model), dims or default_dims(width), **(every | options)
-    )
-    mean = fit(
-        model,
-        loss,
-        data.select_columns(columns),
-        output,
-        epochs=epochs,
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        warmup_ratio=warmup_ratio,
-        seed=seed,
-        show_progress=show_progress,
-    )
-    model.save_pretrained(str(output))
-    return mean
+    _check_numbers(epochs, steps, batch_size, learning_rate, warmup_ratio)
+    check_folder("output", output, overwrite)
+    rows = _rows_of(data, batch_size)
+    loss = _loss_of(model, dims, {"n_layers_per_step": -1, "n_dims_per_step": -1} | options)
+    with limited_length(model, max_length):
+        before = None if evaluator is None else evaluator.grid(model)
+    with new_folder(output, overwrite) as folder:
+        with limited_length(model, max_length):
+            mean = fit(
+                model,
+                loss,
+                rows,
+                folder,
+                epochs=epochs,
+                steps=steps,
+                batch_size=batch_size,
+                learning_rate=learning_rate,
+                warmup_ratio=warmup_ratio,
+                seed=seed,
+                show_progress=show_progress,
+            )
+        model.save_pretrained(str(folder))
+    with limited_length(model, max_length):
+        after = None if evaluator is None else evaluator.grid(model)
+    return Trained(mean, before, after)
 
 
 def fit(
@@ -121,7 +152,11 @@ def fit(
 
     Returns:
         The mean training loss.
+
+    Raises:
+        ValueError: a number out of its range; not one batch of rows that share no text, so that nothing was trained.
     """
+    _check_numbers(epochs, steps, batch_size, learning_rate, warmup_ratio)
     total = steps if steps is not None else round(epochs * (len(data) // batch_size))
     trainer = SentenceTransformerTrainer(
         model=model,
@@ -150,4 +185,90 @@ def fit(
     )
     if not show_progress:
         trainer.remove_callback(PrinterCallback)  # which takes the bar's place
-    return float(trainer.train().training_loss)
+    mean = float(trainer.train().training_loss)
+    _check_steps(trainer.state.global_step, trainer.state.max_steps, batch_size)
+    return mean
+
+
+@contextmanager
+def limited_length(model: SentenceTransformer, tokens: int | None) -> Iterator[None]:
+    """Within the context, texts are cut to so many tokens; None: as the model says. A saved model must not keep that.
+
+    Raises:
+        TypeError: not an int.
+        ValueError: not positive, or more than the encoder has positions for.
+    """
+    if tokens is None:
+        yield
+        return
+    if not isinstance(tokens, int) or isinstance(tokens, bool):
+        raise TypeError(f"max_length must be an int or None, got {type(tokens).__name__}")
+    positions = getattr(model[0].auto_model.config, "max_position_embeddings", None)
+    most = positions if isinstance(positions, int) and positions > 0 else math.inf
+    if not 1 <= tokens <= most:
+        raise ValueError(f"max_length must be from 1 to {most} for this model, got {tokens}")
+    before = model.max_seq_length
+    # Fast tokenizers also keep how they cut last, and write it into tokenizer.json.
+    backend: Any = getattr(model.tokenizer, "backend_tokenizer", None)
+    truncation = getattr(backend, "truncation", None)
+    model.max_seq_length = tokens
+    try:
+        yield
+    finally:
+        model.max_seq_length = before
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
+        elif backend is not None:
+            backend.no_truncation()
+
+
+def _rows_of(data: Any, batch_size: int) -> Any:
+    """A ``datasets.Dataset`` of the columns to train on."""
+    from datasets import Dataset
+
+    table = table_of(data)
+    table.need("anchor", "positive")
+    columns = [name for name in ("anchor", "positive", "negative") if name in table.columns]
+    texts = {name: table.texts(name) for name in columns}
+    if len(table) < batch_size:
+        raise ValueError(f"{table.name} must hold at least a batch of {batch_size} rows, got {len(table)}")
+    # A Dataset knows its name, which the model card gives.
+    return data.select_columns(columns) if isinstance(data, Dataset) else Dataset.from_dict(texts)
+
+
+def _loss_of(model: SentenceTransformer, dims: Sequence[int] | None, options: dict[str, Any]) -> Matryoshka2dLoss:
+    width = model.get_embedding_dimension() or 0
+    check_numbers("dims", dims, least=1)
+    dims = default_dims(width) if dims is None else list(dims)
+    if max(dims) > width:
+        raise ValueError(f"dims must be at most {width} for this model, got {dims}")
+    loss = Matryoshka2dLoss(model, MultipleNegativesRankingLoss(model), dims, **options)
+    _check_draw("n_layers_per_step", options["n_layers_per_step"], count_layers(model[0].auto_model))
+    _check_draw("n_dims_per_step", options["n_dims_per_step"], len(dims))
+    return loss
+
+
+def _check_draw(name: str, count: int, most: int) -> None:
+    """The losses take any other number for all, as sentence-transformers' do."""
+    if count != -1 and not 1 <= count <= most:
+        raise ValueError(f"{name} must be from 1 to {most} for this model, or -1 for all, got {count}")
+
+
+def _check_numbers(
+    epochs: float, steps: int | None, batch_size: int, learning_rate: float, warmup_ratio: float
+) -> None:
+    positive = {"epochs": epochs, "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
+    for name, value in positive.items():
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be more than 0 and finite, got {value}")
+    if not 0 <= warmup_ratio <= 1:
+        raise ValueError(f"warmup_ratio must be from 0 to 1, got {warmup_ratio}")
+
+
+def _check_steps(steps: int, wanted: int, batch_size: int) -> None:
+    if steps == 0:
+        raise ValueError(f"data must give at least one batch of {batch_size} rows that share no text, got none")
+    if steps < wanted:
+        logger.warning(
+            "Trained %d of %d steps: the rows share texts and give no more batches of %d.", steps, wanted, batch_size
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import mmap
 from pathlib import Path
 from typing import Any
@@ -98,11 +99,20 @@ def test_the_front_is_what_nothing_dominates(
 
 def test_bad_limits() -> None:
     with pytest.raises(
-        ValueError, match=r"no cell has a quality of at least 0.9000 and latency of at most 2 ms: .*0.82"
+        ValueError, match=r"no cell has a quality of at least 0.9000 and a latency of at most 2 ms: .*0.82"
     ):
         choose(GRID, COSTS, min_quality=0.9, max_latency=2)
-    with pytest.raises(ValueError, match="min_quality must be a number or a share such as '98%', got 'most'"):
-        choose(GRID, COSTS, min_quality="most")
+    with pytest.raises(ValueError, match="no cell has at most 1 bytes per vector: the best"):
+        choose(GRID, COSTS, max_bytes=1)
+    with pytest.raises(ValueError, match=r"no cell has a quality of at most 0\.1000: the best"):
+        choose(Grid([1, 2, 3], [8], [[0.5]] * 3, "mse", greater_is_better=False), COSTS, min_quality=0.1)
+    for quality in ("most", "nan", float("nan"), "inf%"):
+        with pytest.raises(
+            ValueError, match=f"min_quality must be a number or a share such as '98%', got {quality!r}"
+        ):
+            choose(GRID, COSTS, min_quality=quality)
+    with pytest.raises(ValueError, match="max_latency must be a number, got nan"):
+        choose(GRID, COSTS, max_latency=float("nan"))
     with pytest.raises(ValueError, match=r"profile must have the grid's layers \[1, 2, 3\], but lacks \[3\]"):
         choose(GRID, profile_of([1.0, 2.0], layers=[1, 2]))
 
@@ -125,9 +135,6 @@ def test_profile(tmp_path: Path) -> None:
         assert block.growth() >= 0.9 * (1 << 26)  # the kernel counts pages by the batch
     found.write(tmp_path / "profile.json")
     assert Profile.read(tmp_path / "profile.json") == found
-    (tmp_path / "profile.json").write_text("{}")
-    with pytest.raises(ValueError, match="is no profile"):
-        Profile.read(tmp_path / "profile.json")
     assert profile(model, ["w1 w2"], layers=[2], repeats=1).layers == [2]
     with pytest.raises(ValueError, match="texts must hold at least one text"):
         profile(model, [])
@@ -135,6 +142,33 @@ def test_profile(tmp_path: Path) -> None:
         profile(model, batch_size=0)
     with pytest.raises(ValueError, match="num_layers must be from 0 to 3"):
         profile(model, layers=[4])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"layers": None}, "layers must be a list of distinct whole numbers from 0 up, got None"),
+        ({"latency_ms": [1.0]}, r"latency_ms must be a list of 3 numbers, got \[1.0\]"),
+        ({"latency_ms": [1.0, "x", 2.0]}, "latency_ms must be finite numbers from 0 up, got 'x'"),
+        ({"texts_per_second": [1.0, -1.0, 2.0]}, "texts_per_second must be finite numbers from 0 up, got -1.0"),
+        ({"parameter_bytes": [1, float("inf"), 2]}, "parameter_bytes must be finite numbers from 0 up, got inf"),
+        ({"peak_bytes": 3}, "peak_bytes must be a list of 3 numbers, got 3"),
+        ({"bytes_per_dim": 4.5}, "bytes_per_dim must be a whole number, got 4.5"),
+        ({"machine": "this"}, "machine must be an object, got 'this'"),
+        ({"color": 1}, "a profile has no 'color'"),
+    ],
+)
+def test_a_broken_profile(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
+    path = tmp_path / "profile.json"
+    COSTS.write(path)
+    assert Profile.read(path) == COSTS
+    path.write_text(json.dumps(COSTS.to_json() | changed))
+    with pytest.raises(ValueError, match=f"profile.json is no profile: {message}"):
+        Profile.read(path)
+    for text, why in (("[]", "must be an object"), ("{}", "must have 'layers'"), ("{", "Expecting")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"is no profile: .*{why}"):
+            Profile.read(path)
 
 
 def test_pictures(tmp_path: Path) -> None:

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
+from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 
 pytest.importorskip("typer", reason="the command line needs the cli extra")
 
-from m2d_ext import cli
-from m2d_ext.inference import Grid, Profile
+import typer
+
+import m2d_ext
+from m2d_ext import cli, training
+from m2d_ext.inference import Grid, GridEvaluator, Profile
+from m2d_ext.inference.outputs import new_folder
+from m2d_ext.inference.tables import read_table
 from tiny_models import HIDDEN, tiny_model
 
 LAYERS = 3
@@ -151,11 +159,270 @@ def test_choose_profiles_a_model(run: Run, model: Path, data: Path, tmp_path: Pa
     assert json.loads(out)["pick"]["layer"] == 3
 
 
+def test_the_saved_model_keeps_its_own_length(run: Run, model: Path, tmp_path: Path) -> None:
+    long = [f"w{i} w{i + 1} w{i + 2} w{i + 3} w{i + 4}" for i in range(16)]
+    (tmp_path / "pairs.tsv").write_text("anchor\tpositive\n" + "".join(f"{a}\tw1 {a}\n" for a in long))
+    scored = [f"{a}\tw90 w91 w92 {a}\t{i * 7 % 5}\n" for i, a in enumerate(long)]
+    (tmp_path / "sts.tsv").write_text("sentence1\tsentence2\tscore\n" + "".join(scored))
+    options = ["--data", tmp_path / "pairs.tsv", "--eval", tmp_path / "sts.tsv", "--steps", 1, "--batch-size", 4]
+    code, out, _ = run("train", model, tmp_path / "out", *options, "--max-length", 5, "--json")
+    assert code == 0
+    saved, started = (SentenceTransformer(str(folder), device="cpu") for folder in (tmp_path / "out", model))
+    assert saved.max_seq_length == started.max_seq_length == 64
+    assert saved.encode(long[0]).tolist() != saved.encode(long[0][:8]).tolist()
+    assert '"max_length": 5' not in (tmp_path / "out" / "tokenizer.json").read_text()
+    # Before as after, at the length of the training.
+    evaluator = GridEvaluator(read_table(tmp_path / "sts.tsv"))
+    whole = evaluator.grid(started)
+    for name, each in (("before", started), ("after", saved)):
+        each.max_seq_length = 5
+        assert json.loads(out)[name]["scores"] == evaluator.grid(each).scores != whole.scores
+
+
+@pytest.mark.parametrize("encodes_before", [False, True])
+def test_a_limit_is_taken_back(encodes_before: bool) -> None:
+    model = tiny_model()
+    if encodes_before:  # from then on the tokenizer itself holds a length
+        model.encode("w1 w2")
+    before = model.max_seq_length, model.tokenizer.backend_tokenizer.truncation
+    rows = model.encode("w1 w2 w3 w4"), model.encode("w1 w2 w3")
+    model.tokenizer.backend_tokenizer.no_truncation()
+    if encodes_before:
+        model.tokenizer.backend_tokenizer.enable_truncation(**before[1])
+    with training.limited_length(model, 5):
+        assert model.encode("w1 w2 w3 w4").tolist() == rows[1].tolist()
+    assert (model.max_seq_length, model.tokenizer.backend_tokenizer.truncation) == before
+    assert model.encode("w1 w2 w3 w4").tolist() == rows[0].tolist()
+
+
+def test_options_of_the_loss(run: Run, model: Path, pairs: Path, tmp_path: Path, monkeypatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(training, "train", lambda *_, **options: given.update(options) or training.Trained(1.5))
+    options = "--prior-layers-weight 3 --kl-weight 0.5 --kl-target scores --final-norm apply --layers-per-step 2"
+    assert run("train", model, tmp_path / "out", "--data", pairs, *options.split())[0] == 0
+    assert (given["prior_layers_weight"], given["kl_div_weight"]) == (3, 0.5)
+    assert (given["kl_target"], given["final_norm"], given["n_layers_per_step"]) == ("scores", "apply", 2)
+
+
+def test_fewer_steps_than_asked_for_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"anchor": "w1" if i < 12 else f"w{i}", "positive": f"w{i + 30}"} for i in range(16)]
+    with caplog.at_level(logging.WARNING, logger="m2d_ext"):
+        training.train(tiny_model(), rows, tmp_path / "out", batch_size=4, show_progress=False)
+    told = [record.getMessage() for record in caplog.records if record.name == "m2d_ext"]
+    assert len(told) == 1
+    assert re.fullmatch(r"Trained [1-3] of 4 steps: the rows share texts and give no more batches of 4\.", told[0])
+
+
+BAD_TRAINING: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"epochs": 0}, ValueError, "epochs must be more than 0 and finite, got 0"),
+    ({"epochs": float("nan")}, ValueError, "epochs must be more than 0 and finite, got nan"),
+    ({"steps": 0}, ValueError, "steps must be more than 0"),
+    ({"learning_rate": -1.0}, ValueError, "learning_rate must be more than 0 and finite, got -1.0"),
+    ({"warmup_ratio": 2}, ValueError, "warmup_ratio must be from 0 to 1, got 2"),
+    ({"batch_size": 0}, ValueError, "batch_size must be more than 0"),
+    ({"max_length": 0}, ValueError, "max_length must be from 1 to 64 for this model, got 0"),
+    ({"max_length": 65}, ValueError, "max_length must be from 1 to 64 for this model, got 65"),
+    ({"max_length": 8.0}, TypeError, "max_length must be an int or None, got float"),
+    ({"dims": [33]}, ValueError, r"dims must be at most 32 for this model, got \[33\]"),
+    (
+        {"n_layers_per_step": 4},
+        ValueError,
+        "n_layers_per_step must be from 1 to 3 for this model, or -1 for all, got 4",
+    ),
+    ({"n_dims_per_step": 0}, ValueError, "n_dims_per_step must be from 1 to 1 for this model, or -1 for all, got 0"),
+    ({"data": 3}, TypeError, "data must be a Dataset or a sequence of mappings, got int"),
+    ({"data": [{"anchor": "w1"}]}, ValueError, "data must have the columns anchor and positive, got anchor"),
+    (
+        {"data": [{"anchor": "w1", "positive": "w2"}, {"anchor": "w3"}]},
+        ValueError,
+        r"data\[1\]: positive must be a text that is not empty, got None",
+    ),
+    (
+        {"data": [{"anchor": "w1", "positive": f"w{i}"} for i in range(8)]},
+        ValueError,
+        "data must give at least one batch of 4 rows that share no text, got none",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), BAD_TRAINING)
+def test_bad_training(tmp_path: Path, options: dict[str, Any], error: type[Exception], message: str) -> None:
+    good = Dataset.from_dict(
+        {name: [f"w{i + shift}" for i in range(8)] for name, shift in (("anchor", 0), ("positive", 40))}
+    )
+    arguments = {"data": good, "batch_size": 4, "steps": 1, "show_progress": False} | options
+    with pytest.raises(error, match=message):
+        training.train(tiny_model(), output=tmp_path / "new" / "out", **arguments)
+    assert not (tmp_path / "new").exists()
+
+
+def fill_half(place: Path) -> None:
+    with new_folder(place, overwrite=True) as folder:
+        (folder / "half").write_text("")
+        raise KeyboardInterrupt
+
+
+def test_a_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
+    for place in (tmp_path / "a" / "new", tmp_path / "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with new_folder(place) as folder:
+            (folder / "modules.json").write_text("[]")
+            assert not (place / "modules.json").exists()
+        assert [path.name for path in place.iterdir()] == ["modules.json"]
+        with pytest.raises(ValueError, match="output must be new or empty"), new_folder(place):
+            pass
+        (place / "sub").mkdir()
+        (place / "sub" / "old").write_text("")
+        with pytest.raises(KeyboardInterrupt):
+            fill_half(place)
+        assert sorted(path.name for path in place.iterdir()) == ["modules.json", "sub"]
+        with new_folder(place, overwrite=True) as folder:
+            (folder / "sub").mkdir()
+            (folder / "sub" / "new").write_text("")
+        assert [str(path.relative_to(place)) for path in sorted(place.rglob("*"))] == ["sub", "sub/new"]
+        with pytest.raises(ValueError, match=r"has no modules\.json"), new_folder(place, overwrite=True):
+            pass
+    with pytest.raises(OSError, match="full"), new_folder(tmp_path / "b" / "c" / "new"):
+        raise OSError("full")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "empty"]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), SafetensorError("No space left on device"), KeyboardInterrupt()]
+)
+@pytest.mark.parametrize("command", ["train", "cut"])
+def test_a_model_that_cannot_be_saved_leaves_nothing(
+    run: Run, model: Path, pairs: Path, tmp_path: Path, monkeypatch, command: str, error: BaseException
+) -> None:
+    def save(self: Any, path: str) -> None:
+        Path(path, "half").write_text("")
+        raise error
+
+    monkeypatch.setattr(SentenceTransformer, "save_pretrained", save)
+    monkeypatch.setattr(training, "fit", lambda *_, **__: 1.0)
+    options = {"train": ["--data", pairs, "--batch-size", 4, "--json"], "cut": ["--layers", 2]}[command]
+    code, _, err = run(command, model, tmp_path / "new" / "out", *options)
+    assert list(tmp_path.iterdir()) == []
+    told = "interrupted" if isinstance(error, KeyboardInterrupt) else "No space left on device"
+    assert code == (130 if isinstance(error, KeyboardInterrupt) else 1)
+    assert err.strip().splitlines()[-1].startswith("m2d: ")
+    assert told in err
+    assert "Traceback" not in err
+
+
+def test_overwrite(run: Run, model: Path, tmp_path: Path) -> None:
+    assert run("cut", model, "--layers", 2, tmp_path / "out")[0] == 0
+    assert run("cut", model, "--layers", 1, tmp_path / "out")[0] == 2
+    code, out, _ = run("cut", model, "--layers", 1, tmp_path / "out", "--overwrite", "--json")
+    assert (code, json.loads(out)["num_layers"]) == (0, 1)
+    loaded = SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    assert loaded[0].auto_model.config.num_hidden_layers == 1
+
+
+def raiser(error: BaseException) -> Callable[..., Any]:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), typer.Abort()])
+def test_an_interrupt_of_a_command(run: Run, model: Path, monkeypatch, error: BaseException) -> None:
+    monkeypatch.setattr(cli, "_load", raiser(error))
+    code, out, err = run("profile", model)
+    assert (code, out, err.strip()) == (130, "", "m2d: interrupted")
+
+
+@pytest.mark.parametrize(
+    ("app", "code", "err"),
+    [
+        (raiser(KeyboardInterrupt()), 130, "m2d: interrupted\n"),
+        (raiser(typer.Abort()), 130, "m2d: interrupted\n"),
+        (raiser(typer.Exit(130)), 130, "m2d: interrupted\n"),
+        (lambda **_: 130, 130, "m2d: interrupted\n"),
+        (raiser(typer.Exit(3)), 3, ""),
+        (lambda **_: 3, 3, ""),
+        (raiser(typer.Exit(0)), 0, ""),
+        (lambda **_: None, 0, ""),
+    ],
+)
+def test_exits_of_all_versions_of_typer(run: Run, monkeypatch, app: Any, code: int, err: str) -> None:
+    monkeypatch.setattr(cli, "app", app)
+    assert run() == (code, "", err)
+
+
 @pytest.mark.parametrize("command", ["train", "grid", "profile", "choose", "cut"])
 def test_help_shows_an_example(run: Run, command: str) -> None:
     code, out, _ = run(command, "--help")
     assert code == 0
     assert f"Example: m2d {command} " in out
+
+
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        ("train", ["the model's and its halves", "the model's)", "skip|apply", "features|scores", "--kl-weight"]),
+        ("grid", ["the model's and its halves", "(all)"]),
+        ("profile", ["(all)"]),
+        ("cut", ["(all)"]),
+    ],
+)
+def test_help_shows_defaults_and_choices(run: Run, command: str, shown: list[str]) -> None:
+    out = run(command, "--help")[1]
+    assert [text for text in shown if text not in out] == []
+
+
+def test_without_a_command(run: Run) -> None:
+    assert run("--version") == (0, f"m2d_ext {m2d_ext.__version__}\n", "")
+    code, out, err = run()
+    assert (code, err) == (2, "")
+    assert all(command in out for command in ("train", "grid", "profile", "choose", "cut"))
+
+
+FILES = {
+    "empty.tsv": "sentence1\tsentence2\tscore\n",
+    "columns.tsv": "text\tcolor\nw1\tred\n",
+    "pairs.txt": "w1",
+    "score.tsv": "sentence1\tsentence2\tscore\nw1\tw2\t1\n\nw1\tw2\tx\n",
+    "no_score.csv": 'sentence1,sentence2,score\n"w1\nw2",w2,1\nw1,w2,\n',
+    "text.tsv": "sentence1\tsentence2\tscore\nw1\tw2\t1\n \tw2\t1\n",
+    "label.tsv": "sentence1\tsentence2\tlabel\nw1\tw2\t1\nw1\tw2\t2\n",
+    "one.tsv": "sentence1\tsentence2\tscore\nw1\tw2\t1\n",
+    "long.tsv": "anchor\tpositive\nw1\tw2\tw3\n",
+    "short.csv": "anchor,positive\nw1,w2\nw3\n",
+    "twice.csv": "anchor,positive,anchor\nw1,w2,w3\n",
+    "quote.csv": 'anchor,positive\n"w1,w2\nw3,w4\n',
+    "types.jsonl": '{"anchor": "w1", "positive": "w2"}\n\n{"anchor": 7, "positive": "w2"}\n',
+    "lacks.jsonl": '{"anchor": "w1", "positive": "w2"}\n{"anchor": "w3"}\n',
+    "broken.jsonl": '{"anchor": "w1", "positive": "w2"}\n{"anchor": w1}\n',
+    "list.jsonl": '{"anchor": "w1", "positive": "w2"}\n[1]\n',
+    "list.json": '[{"anchor": "w1", "positive": "w2"}, {"anchor": "w1", "positive": null}]',
+    "plain.tsv.gz": "anchor\tpositive\n",
+    "number.json": "3",
+}
+GRID = {"layers": [1, 2], "dims": [8], "scores": [[0.5], [0.75]], "metric": "ndcg"}
+PROFILE = {
+    "layers": [1, 2],
+    "texts_per_second": [2.0, 1.0],
+    "latency_ms": [1.0, 2.0],
+    "parameter_bytes": [8, 16],
+    "peak_bytes": None,
+    "bytes_per_dim": 4,
+    "batch_size": 64,
+    "machine": {},
+}
+
+
+def write_files(folder: Path) -> None:
+    for name, text in FILES.items():
+        (folder / name).write_text(text)
+    (folder / "bytes.tsv").write_bytes(b"\xff\xfe\x00")
+    (folder / "cut.tsv.gz").write_bytes(gzip.compress(b"anchor\tpositive\n" + bytes(range(256)) * 9)[:40])
+    (folder / "grid.json").write_text(json.dumps(GRID))
+    (folder / "profile.json").write_text(json.dumps(PROFILE))
+    (folder / "short_profile.json").write_text(json.dumps(PROFILE | {"latency_ms": [1.0]}))
+    (folder / "broken_model").mkdir()
+    (folder / "broken_model" / "modules.json").write_text("{")
 
 
 BAD: list[tuple[list[str], str]] = [
@@ -176,10 +443,82 @@ BAD: list[tuple[list[str], str]] = [
     (["choose", "TMP/none.json", "--profile", "TMP/none.json"], "there is no file TMP/none.json"),
     (["choose", "TMP/columns.tsv", "--profile", "TMP/columns.tsv"], "is no grid"),
     (["choose", "TMP/columns.tsv"], "give one of --profile and --model"),
+    (["choose", "TMP/number.json", "--profile", "TMP/profile.json"], "is no grid: a grid must be an object, got 3"),
+    (["choose", "TMP/grid.json", "--profile", "TMP/number.json"], "is no profile: a profile must be an object, got 3"),
+    (
+        ["choose", "TMP/grid.json", "--profile", "TMP/grid.json"],
+        "is no profile: a profile must have 'texts_per_second'",
+    ),
+    (
+        ["choose", "TMP/grid.json", "--profile", "TMP/short_profile.json"],
+        "short_profile.json is no profile: latency_ms must be a list of 2 numbers, got .1.0.",
+    ),
+    (
+        ["choose", "TMP/grid.json", "--profile", "TMP/profile.json", "--max-bytes", "1"],
+        "m2d: no cell has at most 1 bytes per vector: the best quality",
+    ),
+    (
+        ["choose", "TMP/grid.json", "--profile", "TMP/profile.json", "--min-quality", "nan"],
+        "--min-quality must be a number or a share such as '98%', got 'nan'",
+    ),
+    (
+        ["choose", "TMP/grid.json", "--profile", "TMP/profile.json", "--max-latency", "nan"],
+        "--max-latency must be a number, got nan",
+    ),
+    (["choose", "TMP/grid.json", "--profile", "TMP/profile.json", "--plot", "TMP/p.xyz"], "--plot must end in .*png"),
+    (["grid", "MODEL", "--data", "TMP/score.tsv"], "TMP/score.tsv, line 4: score must be a finite number, got 'x'"),
+    (
+        ["grid", "MODEL", "--data", "TMP/no_score.csv"],
+        "TMP/no_score.csv, line 4: score must be a finite number, got ''",
+    ),
+    (["grid", "MODEL", "--data", "TMP/text.tsv"], "TMP/text.tsv, line 3: sentence1 must be a text .*, got ' '"),
+    (["grid", "MODEL", "--data", "TMP/label.tsv"], "TMP/label.tsv, line 3: label must be 0 or 1, got 2"),
+    (["grid", "MODEL", "--data", "TMP/one.tsv"], "TMP/one.tsv must hold at least two rows"),
+    (["grid", "MODEL", "--data", "TMP/long.tsv"], "TMP/long.tsv, line 2: must have 2 values, as the first has, got 3"),
+    (
+        ["grid", "MODEL", "--data", "TMP/short.csv"],
+        "TMP/short.csv, line 3: must have 2 values, as the first has, got 1",
+    ),
+    (["grid", "MODEL", "--data", "TMP/twice.csv"], "TMP/twice.csv must have distinct columns, but 'anchor' is there"),
+    (["grid", "MODEL", "--data", "TMP/quote.csv"], "TMP/quote.csv, line 3: unexpected end of data"),
+    (["grid", "MODEL", "--data", "TMP/types.jsonl"], "TMP/types.jsonl, line 3: anchor must be a text .*, got 7"),
+    (["grid", "MODEL", "--data", "TMP/lacks.jsonl"], "TMP/lacks.jsonl, line 2: positive must be a text .*, got None"),
+    (["grid", "MODEL", "--data", "TMP/broken.jsonl"], "TMP/broken.jsonl, line 2, character 12: Expecting value"),
+    (["grid", "MODEL", "--data", "TMP/list.jsonl"], "TMP/list.jsonl, line 2: must be an object of columns, got .1."),
+    (["grid", "MODEL", "--data", "TMP/list.json"], r"TMP/list.json\[1\]: positive must be a text .*, got None"),
+    (["grid", "MODEL", "--data", "TMP/plain.tsv.gz"], "TMP/plain.tsv.gz cannot be read: Not a gzipped file"),
+    (["grid", "MODEL", "--data", "TMP/cut.tsv.gz"], "TMP/cut.tsv.gz cannot be read: Compressed file ended before"),
+    (["grid", "MODEL", "--data", "TMP/bytes.tsv"], "TMP/bytes.tsv cannot be read: 'utf-8' codec can't decode"),
+    (["grid", "MODEL", "--data", "no_such_name"], "--data no_such_name is no file, and no dataset that can be loaded"),
+    (["cut", "TMP/broken_model", "--dim", "4", "TMP/out"], "TMP/broken_model is no model that can be loaded: "),
+    # Where results go is looked at before anything is loaded: here, what there is not.
+    (["grid", "TMP/no", "--data", "TMP/no", "--output", "TMP"], "--output must be a file, but TMP is a folder"),
+    (["grid", "TMP/no", "--data", "TMP/no", "--csv", "TMP/pairs.txt/x"], "--csv must be where files can be written"),
+    (["grid", "TMP/no", "--data", "TMP/no", "--heatmap", "TMP/a"], "--heatmap must end in .*png.*, got TMP/a"),
+    (["grid", "TMP/no", "--data", "TMP/no", "--curves", "TMP/a.xyz"], "--curves must end in .*png.*, got TMP/a.xyz"),
+    (["profile", "TMP/no/model", "--output", "TMP"], "--output must be a file, but TMP is a folder"),
+    (["train", "TMP/no", "TMP/out", "--data", "TMP/no", "--heatmap", "a.png"], "--heatmap needs --eval"),
+    (["train", "TMP/no", "TMP", "--data", "TMP/no"], "OUTPUT must be new or empty, but TMP exists"),
+    (["train", "TMP/no", "TMP", "--data", "TMP/no", "--overwrite"], "but TMP has no modules.json"),
+    (["train", "TMP/no", "TMP/pairs.txt", "--data", "TMP/no"], "OUTPUT must be a folder, but TMP/pairs.txt is a file"),
+    (["cut", "TMP/no/model", "--dim", "4", "TMP/pairs.txt/x"], "OUTPUT must be where files can be written"),
+    (
+        ["train", "MODEL", "TMP/out", "--data", "PAIRS", "--batch-size", "4", "--epochs", "0"],
+        "--epochs must be more than 0",
+    ),
+    (["train", "MODEL", "TMP/out", "--data", "PAIRS", "--batch-size", "4", "--lr", "nan"], "--lr must be more than 0"),
+    (
+        ["train", "MODEL", "TMP/out", "--data", "PAIRS", "--batch-size", "4", "--layers-per-step", "9"],
+        "--layers-per-step must be from 1 to 3 for this model, or -1 for all, got 9",
+    ),
+    (
+        ["train", "MODEL", "TMP/out", "--data", "PAIRS", "--batch-size", "4", "--max-length", "99"],
+        "--max-length must be from 1 to 64 for this model, got 99",
+    ),
     (["profile", "MODEL", "--layers", "5"], "num_layers must be from 0 to 3 for this model, got 5"),
     (["train", "MODEL", "TMP/out", "--data", "DATA"], "must have the columns anchor and positive, got sentence1"),
     (["train", "MODEL", "TMP/out", "--data", "PAIRS"], "must hold at least a batch of 64 rows, got 24"),
-    (["train", "MODEL", "TMP/out", "--data", "PAIRS", "--kl-target", "x", "--batch-size", "4"], "kl_target must be"),
+    (["train", "MODEL", "TMP/out", "--data", "PAIRS", "--kl-target", "x"], "Invalid value for '--kl-target'"),
     (["train", "MODEL", "TMP/out"], "Missing option '--data'"),
     (["frobnicate"], "No such command 'frobnicate'"),
 ]
@@ -191,9 +530,8 @@ BAD: list[tuple[list[str], str]] = [
 def test_bad_input_is_one_line(
     run: Run, model: Path, data: Path, pairs: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
-    (tmp_path / "empty.tsv").write_text("sentence1\tsentence2\tscore\n")
-    (tmp_path / "columns.tsv").write_text("text\tcolor\nw1\tred\n")
-    (tmp_path / "pairs.txt").write_text("w1")
+    write_files(tmp_path)
+    before = set(tmp_path.rglob("*"))
     places: dict[str, Any] = {"MODEL": model, "DATA": data, "PAIRS": pairs, "TMP": tmp_path}
 
     def filled(text: str) -> str:
@@ -205,3 +543,4 @@ def test_bad_input_is_one_line(
     assert err.startswith("m2d: ")
     assert err.count("\n") == 1
     assert re.search(filled(message), err), err
+    assert set(tmp_path.rglob("*")) == before

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import docstring_pairs
 import layer_dim_grid
 import train_2d_matryoshka
+import train_distributed
 from docstring_pairs import Pair, harvest, summary_and_body
 
 BODY = "The body says in more than a few words what the {} is for, and when it is to be used."
@@ -136,11 +141,11 @@ def write_tsv(path: Path, *rows: tuple[str, ...]) -> Path:
 
 
 @pytest.mark.parametrize("name", ["pairs.tsv", "pairs.tsv.gz"])
-def test_read_tsv(tmp_path: Path, name: str) -> None:
+def test_read_pairs(tmp_path: Path, name: str) -> None:
     header = ("id", "positive", "anchor", "negative_1", "negative_2")
-    path = write_tsv(tmp_path / name, header, ("", 'an "open quote', "été", "n1", "n2"), ("2", "p", "a", "m1", "m2"))
-    assert train_2d_matryoshka.read_tsv(path) == {
-        "anchor": ["été", "a"],
+    path = write_tsv(tmp_path / name, header, ("", 'an "open quote', "été", "n1", "n2"), ("2", "p", "NA", "m1", "m2"))
+    assert train_2d_matryoshka.read_pairs(path) == {
+        "anchor": ["été", "NA"],
         "positive": ['an "open quote', "p"],
         "negative_1": ["n1", "m1"],
         "negative_2": ["n2", "m2"],
@@ -265,9 +270,9 @@ def stop_message(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> st
     ("content", "message"),
     [
         (None, "No such file"),
-        ("", "no rows"),
-        ("anchor\tpositive\n", "no rows"),
-        ("query\tpositive\na\tb\n", "query | positive"),
+        ("", "at least one row, got none"),
+        ("anchor\tpositive\n", "at least one row, got none"),
+        ("query\tpositive\na\tb\n", "must have the columns anchor and positive, got query, positive"),
         ("anchor\tpositive\na\tb\na\n", "line 3"),
         ("anchor\tpositive\n\na\t \n", "line 3"),
         ("anchor\tpositive\na\tb\nc\td\n", "too few pairs"),
@@ -284,7 +289,9 @@ def test_bad_pairs_stop_with_one_line(tmp_path: Path, capsys, content: str | Non
 def test_a_file_that_is_not_gzip_stops_with_one_line(tmp_path: Path, capsys) -> None:
     path = tmp_path / "pairs.tsv.gz"
     path.write_text("anchor\tpositive\n", encoding="utf-8")
-    assert "cannot read" in stop_message(["--pairs", str(path), "--output", str(tmp_path)], capsys)
+    assert "cannot be read: Not a gzipped file" in stop_message(
+        ["--pairs", str(path), "--output", str(tmp_path)], capsys
+    )
 
 
 def test_a_missing_dataset_stops_with_one_line(tmp_path: Path, capsys) -> None:
@@ -298,6 +305,17 @@ def test_bad_models_and_dims_stop_with_one_line(tmp_path: Path, model_path: str,
     assert "more than the model's 32" in stop_message([*arguments, model_path, "--dims", "64", "8"], capsys)
 
 
+def test_a_training_of_nothing_stops_with_one_line(
+    tmp_path: Path, model_path: str, pairs_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fit(*_: object, **__: object) -> float:
+        raise ValueError("data must give at least one batch")
+
+    monkeypatch.setattr(train_2d_matryoshka, "fit", fit)
+    arguments = ["--pairs", str(pairs_path), "--batch-size", "16", "--output", str(tmp_path), "--model", model_path]
+    assert "at least one batch" in stop_message(arguments, capsys)
+
+
 def test_an_absent_bundled_model_names_the_extra(
     tmp_path: Path, pairs_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -306,8 +324,70 @@ def test_an_absent_bundled_model_names_the_extra(
     assert "m2d_ext[demo]" in stop_message(arguments, capsys)
 
 
-@pytest.mark.parametrize("arguments", [["--steps", "0"], ["--dims", "-1"], ["--loss", "other"], ["--pairs"]])
-def test_bad_arguments_exit_with_status_2(arguments: list[str]) -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    ["--steps 0", "--dims -1", "--loss other", "--pairs", "--lr -1", "--lr 0", "--lr nan", "--lr fast"],
+)
+def test_bad_arguments_exit_with_status_2(arguments: str) -> None:
     with pytest.raises(SystemExit) as stop:
-        train_2d_matryoshka.main(arguments)
+        train_2d_matryoshka.main(arguments.split())
     assert stop.value.code == 2
+
+
+# --- train_distributed ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["pairs.tsv", "pairs.tsv.gz"])
+def test_pairs_of_several_processes(tmp_path: Path, name: str) -> None:
+    path = write_tsv(tmp_path / name, ("positive", "anchor", "id"), ("NA", 'an "open quote', "1"))
+    assert train_distributed.load_pairs(path).to_dict() == {"anchor": ['an "open quote'], "positive": ["NA"]}
+
+
+@pytest.mark.parametrize("process", [0, 1])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read: No such file or directory"),
+        ("query\tpositive\na\tb\n", "must have the columns anchor and positive, got query, positive"),
+        ("anchor\tpositive\na\tb\nc\t\n", "line 3: positive must be a text that is not empty, got ''"),
+    ],
+)
+def test_one_process_says_what_is_wrong_with_the_pairs(
+    tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch, content: str | None, message: str, process: int
+) -> None:
+    path = tmp_path / "pairs.tsv"
+    if content is not None:
+        path.write_text(content, encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["train_distributed.py", "--pairs", str(path)])
+    arguments = SimpleNamespace(process_index=process)
+    monkeypatch.setattr(train_distributed, "SentenceTransformerTrainingArguments", lambda **_: arguments)
+    with pytest.raises(SystemExit) as stop:
+        train_distributed.main()
+    assert stop.value.code == 1
+    told = capsys.readouterr().err
+    assert re.fullmatch(f"error: .*{re.escape(message)}\n" if process == 0 else "", told), told
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+@pytest.mark.parametrize("where", ["PYTHON", ".venv", "PATH", "VIRTUAL_ENV"])
+def test_which_python_starts_the_processes(tmp_path: Path, where: str) -> None:
+    """Without torchrun on the PATH: the interpreters here only say who they are, and what they were given."""
+    bash = shutil.which("bash")
+    (tmp_path / "examples").mkdir()
+    script = Path(train_distributed.__file__).with_suffix(".sh")
+    shutil.copy(script, tmp_path / "examples")
+    for name in ("own", "path/python", ".venv/bin/python"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'#!{bash}\necho {name} "$@"\n')
+        path.chmod(0o755)
+    if where == "PATH":
+        shutil.rmtree(tmp_path / ".venv")
+    environment = {"PATH": f"{tmp_path / 'path'}:/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    environment |= {"PYTHON": str(tmp_path / "own")} if where == "PYTHON" else {}
+    environment |= {"VIRTUAL_ENV": str(tmp_path)} if where == "VIRTUAL_ENV" else {}
+    command = [str(bash), str(tmp_path / "examples" / script.name), "--steps", "3 4"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    name = {"PYTHON": "own", ".venv": ".venv/bin/python"}.get(where, "path/python")
+    launched = f"-m torch.distributed.run --standalone --nproc-per-node 2 {tmp_path}/examples/train_distributed.py"
+    assert done.stdout == f"{name} {launched} --steps 3 4\n"

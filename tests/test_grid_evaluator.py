@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import os
 from pathlib import Path
@@ -26,6 +27,7 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
 import m2d_ext
 from m2d_ext.inference import Grid
+from m2d_ext.inference.tables import read_table
 from tiny_models import CONFIGS, HIDDEN, MORE_CONFIGS, sentence, tiny_model, tiny_tokenizer
 
 LAYERS = 3
@@ -170,6 +172,58 @@ def test_data_by_its_columns(columns: tuple[str, ...], kind: type) -> None:
     assert grids[0] == grids[1]
 
 
+WORDS = ["None", "NA", "nan", "007", 'an "open quote', "w" * 200_000, " w1 "]
+
+
+@pytest.mark.parametrize("name", ["texts.tsv", "texts.csv", "texts.jsonl", "texts.json", "texts.tsv.gz"])
+def test_texts_of_a_file_stay_as_they_stand(tmp_path: Path, name: str) -> None:
+    rows = [{"anchor": word, "positive": "w2"} for word in WORDS]
+    kind = name.split(".")[1]
+    if kind == "json":
+        text = json.dumps(rows)
+    elif kind == "jsonl":
+        text = "\n".join(map(json.dumps, rows))
+    else:
+        quoted = (row["anchor"] if kind == "tsv" else '"' + row["anchor"].replace('"', '""') + '"' for row in rows)
+        mark = "\t" if kind == "tsv" else ","
+        text = f"anchor{mark}positive\n" + "\n\n".join(f"{word}{mark}w2" for word in quoted)
+    content = text.encode("utf-8-sig")
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    limit = csv.field_size_limit()
+    assert read_table(tmp_path / name).texts("anchor") == WORDS
+    assert csv.field_size_limit() == limit
+    evaluator = m2d_ext.GridEvaluator(read_table(tmp_path / name)).evaluator
+    assert evaluator.queries == WORDS
+
+
+def test_rows_of_a_file_may_differ_in_what_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(
+        '{"anchor": "w1", "positive": "w2", "id": 3}\n{"positive": "w4", "anchor": "w3"}'
+    )
+    (tmp_path / "rows.tsv").write_text("id\tanchor\tpositive\n3\tw1\tw2\n\tw3\tw4")
+    for name in ("rows.jsonl", "rows.tsv"):
+        assert m2d_ext.GridEvaluator(read_table(tmp_path / name)).evaluator.queries == ["w1", "w3"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind"),
+    [
+        ([0, 1, 1], BinaryClassificationEvaluator),
+        ([1.0, 0.0, 1.0], BinaryClassificationEvaluator),
+        (["1", "0", "1"], BinaryClassificationEvaluator),
+        ([True, False, True], BinaryClassificationEvaluator),
+        ([0.9, 0.2, 1.0], EmbeddingSimilarityEvaluator),
+        ([5.0, 2.5, 0.0], EmbeddingSimilarityEvaluator),
+    ],
+)
+def test_labels_are_classes_or_similarities(labels: list[Any], kind: type) -> None:
+    rows = [{"sentence1": "w1", "sentence2": f"w{i}", "label": label} for i, label in enumerate(labels)]
+    evaluator = m2d_ext.GridEvaluator(rows).evaluator
+    assert type(evaluator) is kind
+    found = evaluator.labels if kind is BinaryClassificationEvaluator else evaluator.scores
+    assert list(found) == list(map(float, labels))
+
+
 def test_default_dims() -> None:
     model = tiny_model(num_layers=LAYERS, dense=200)
     assert m2d_ext.GridEvaluator(EVALUATORS["similarity"]()).grid(model).dims == [200, 100, 50]
@@ -218,6 +272,21 @@ def test_a_grid_as_files(tmp_path: Path) -> None:
         ({}, "a grid must have 'layers'"),
         (grid.to_json() | {"color": 1}, "a grid has no 'color'"),
         (grid.to_json() | {"scores": [[1.0]]}, "must be 4 layers × 3 dims"),
+        ([], r"a grid must be an object, got \[\]"),
+        (grid.to_json() | {"layers": "abcd"}, "layers must be a list of distinct whole numbers from 0 up, got 'abcd'"),
+        (grid.to_json() | {"layers": [0, 1, 1, 2]}, "layers must be a list of distinct whole numbers from 0 up"),
+        (grid.to_json() | {"dims": [32, 8, 0]}, "dims must be a list of distinct whole numbers from 1 up"),
+        (grid.to_json() | {"dims": [32, 8, 2.5]}, "dims must be a list of distinct whole numbers from 1 up"),
+        (grid.to_json() | {"scores": [1, 2, 3, 4]}, "scores must be a list of numbers per layer, got"),
+        (grid.to_json() | {"scores": [[1.0, "x", 1.0]] * 4}, "scores must be a list of numbers per layer, got"),
+        (
+            grid.to_json() | {"scores": [[0.5, float("nan"), 1.0]] * 4},
+            "scores of layer 0 must be finite numbers, got nan",
+        ),
+        (grid.to_json() | {"metric": 3}, "metric must be a text, got 3"),
+        (grid.to_json() | {"greater_is_better": 1}, "greater_is_better must be true or false, got 1"),
+        (grid.to_json() | {"extra": 3}, "extra must be an object, got 3"),
+        (grid.to_json() | {"extra": {"ndcg": 3}}, "ndcg must be a list of numbers per layer, got 3"),
     ):
         (tmp_path / "broken.json").write_text(json.dumps(broken))
         with pytest.raises(ValueError, match=message):
@@ -230,10 +299,27 @@ def test_a_grid_as_files(tmp_path: Path) -> None:
 
 ROWS = [{"sentence1": "w1", "sentence2": "w2", "score": 0.5}, {"sentence1": "w3", "sentence2": "w4", "score": 0.1}]
 BAD: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
-    (3, {}, TypeError, "must be an evaluator, a Dataset or mappings, got int"),
+    (3, {}, TypeError, "must be an evaluator, a Dataset or a sequence of mappings, got int"),
     ([], {}, ValueError, "at least one row, got none"),
     (Dataset.from_dict({"sentence1": []}), {}, ValueError, "at least one row, got none"),
     ([{"text": "w1"}], {}, ValueError, "must have the columns of one of: sentence1, sentence2, score; .*got text"),
+    (ROWS[:1], {}, ValueError, "data must hold at least two rows"),
+    ([*ROWS, ROWS[0] | {"sentence2": None}], {}, ValueError, r"data\[2\]: sentence2 must be a text .*, got None"),
+    ([*ROWS, ROWS[0] | {"sentence1": 7}], {}, ValueError, r"data\[2\]: sentence1 must be a text .*, got 7"),
+    ([ROWS[0], ROWS[1] | {"score": None}], {}, ValueError, r"data\[1\]: score must be a finite number, got None"),
+    ([ROWS[0], {"sentence1": "w1"}], {}, ValueError, r"data\[1\]: sentence2 must be a text .*, got None"),
+    (
+        Dataset.from_dict({"anchor": ["w1", None], "positive": ["w2", "w3"]}),
+        {},
+        ValueError,
+        r"data\[1\]: anchor must be",
+    ),
+    (
+        [{"sentence1": "w1", "sentence2": "w2", "label": label} for label in (0, 1, 2)],
+        {},
+        ValueError,
+        r"data\[2\]: label must be 0 or 1, got 2; a column of similarities is to be named score",
+    ),
     (ROWS, {"layers": []}, ValueError, "layers must be distinct and at least 0"),
     (ROWS, {"layers": [1.0]}, TypeError, "layers must be ints"),
     (ROWS, {"dims": [8, 8]}, ValueError, "dims must be distinct and at least 1"),

@@ -12,7 +12,9 @@ from typing import Any
 import peft
 import pytest
 import torch
+from huggingface_hub import RepoCard
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from torch import Tensor
 from torch.nn import functional as F
@@ -123,6 +125,61 @@ assert torch.equal(found, torch.load({str(tmp_path / "expected.pt")!r})), "other
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+README = """---
+language:
+- en
+license: mit
+datasets:
+- snli
+tags:
+- sentence-transformers
+- wordy
+---
+
+# wordy-model
+
+It maps texts to 32 dimensions.
+"""
+
+
+@pytest.mark.parametrize(
+    ("readme", "name"),
+    [
+        (README, "wordy-model"),
+        (README.replace("# wordy-model", "A model."), "start"),
+        (README.replace("language:", "language: ["), "start"),
+        ("No head.", "start"),
+    ],
+)
+def test_the_card_says_what_was_cut_and_keeps_the_metadata(tmp_path: Path, readme: str, name: str) -> None:
+    tiny_model(num_layers=LAYERS, normalize=True).eval().save_pretrained(str(tmp_path / "start"))
+    (tmp_path / "start" / "README.md").write_text(readme)
+    model = SentenceTransformer(str(tmp_path / "start"), device="cpu")
+    m2d_ext.truncate_model(model, 2, 8).save_pretrained(str(tmp_path / "cut"))
+    card = RepoCard((tmp_path / "cut" / "README.md").read_text())
+    assert f"# {name}, cut to the first 2 of {LAYERS} layers and 8 of {HIDDEN} dimensions" in card.text
+    assert "8-dimensional" in card.text
+    assert "It maps texts to 32 dimensions" not in card.text
+    said = card.data.to_dict()
+    assert {"matryoshka", "m2d_ext"} <= set(said["tags"])
+    if readme.startswith("---") and "[" not in readme:
+        assert (said["language"], said["license"], said["datasets"]) == (["en"], "mit", ["snli"])
+        assert "wordy" in said["tags"]
+    # The original's is what it was.
+    model.save_pretrained(str(tmp_path / "again"))
+    assert (tmp_path / "again" / "README.md").read_text() == readme
+
+
+def test_the_card_has_no_scores_of_the_whole_model(tmp_path: Path) -> None:
+    model = tiny_model(num_layers=LAYERS).eval()
+    EmbeddingSimilarityEvaluator(TEXTS, TEXTS[::-1], [0.1, 0.5, 0.2, 0.9], name="whole")(model)
+    cards = {"whole": model, "cut": m2d_ext.truncate_model(model, 2)}
+    for name, each in cards.items():
+        each.save_pretrained(str(tmp_path / name))
+        text = (tmp_path / name / "README.md").read_text()
+        assert ("## Evaluation" in text, "model-index" in text) == (name == "whole",) * 2
 
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [

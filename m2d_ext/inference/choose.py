@@ -1,5 +1,6 @@
 """Which cell to deploy: the trade between quality, latency and the size of an index."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -71,8 +72,12 @@ def choose(
         The :class:`Choice`.
 
     Raises:
-        ValueError: a layer that was not profiled, a share that is none, limits that no cell keeps.
+        ValueError: a layer that was not profiled, a share that is none, a limit that is no number, limits that no
+            cell keeps.
     """
+    for name, limit in (("max_latency", max_latency), ("max_bytes", max_bytes)):
+        if limit is not None and math.isnan(limit):
+            raise ValueError(f"{name} must be a number, got {limit}")
     cells = _cells_of(grid, profile)
     sign = 1 if grid.greater_is_better else -1
     least = _least_quality(min_quality, cells, sign)
@@ -110,13 +115,16 @@ def _cells_of(grid: Grid, profile: Profile) -> list[Cell]:
 
 
 def _least_quality(min_quality: float | str | None, cells: Sequence[Cell], sign: int) -> float | None:
-    if not isinstance(min_quality, str):
-        return min_quality
+    if min_quality is None:
+        return None
+    text = str(min_quality).strip()
     try:
-        share = float(min_quality.strip().removesuffix("%")) / (100 if min_quality.strip().endswith("%") else 1)
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
-        raise ValueError(f"min_quality must be a number or a share such as '98%', got {min_quality!r}") from None
-    if not min_quality.strip().endswith("%"):
+        share = math.nan
+    if not math.isfinite(share):
+        raise ValueError(f"min_quality must be a number or a share such as '98%', got {min_quality!r}")
+    if not text.endswith("%"):
         return share
     if sign < 0:
         raise ValueError(f"min_quality must be a number where lower scores are better, got {min_quality!r}")
@@ -135,17 +143,18 @@ def _dominates(other: Cell, cell: Cell, sign: int) -> bool:
 def _nothing_within(
     cells: Sequence[Cell], sign: int, least: float | None, max_latency: float | None, max_bytes: int | None
 ) -> str:
-    limits = {
-        f"quality of at least {least:.4f}" if least is not None else "": least is not None,
-        f"latency of at most {max_latency} ms": max_latency is not None,
-        f"at most {max_bytes} bytes per vector": max_bytes is not None,
-    }
-    wanted = " and ".join(limit for limit, given in limits.items() if given)
+    limits = []
+    if least is not None:
+        limits.append(f"a quality of at {'least' if sign > 0 else 'most'} {least:.4f}")
+    if max_latency is not None:
+        limits.append(f"a latency of at most {max_latency} ms")
+    if max_bytes is not None:
+        limits.append(f"at most {max_bytes} bytes per vector")
     best = max(cells, key=lambda cell: sign * cell.quality)
     fastest = min(cells, key=lambda cell: (cell.latency_ms, -sign * cell.quality))
     smallest = min(cells, key=lambda cell: (cell.bytes_per_vector, -sign * cell.quality))
     return (
-        f"no cell has a {wanted}: the best quality is {best.quality:.4f} (layer {best.layer}, dim {best.dim}), the "
-        f"lowest latency {fastest.latency_ms:.2f} ms (layer {fastest.layer}), "
-        f"the smallest vector {smallest.bytes_per_vector} bytes (dim {smallest.dim})"
+        f"no cell has {' and '.join(limits)}: the best quality is {best.quality:.4f} "
+        f"(layer {best.layer}, dim {best.dim}), the lowest latency {fastest.latency_ms:.2f} ms "
+        f"(layer {fastest.layer}), the smallest vector {smallest.bytes_per_vector} bytes (dim {smallest.dim})"
     )

@@ -23,6 +23,7 @@ from torch import Tensor
 from . import plots
 from .encode import AllLayers
 from .grid import Grid
+from .tables import Table, table_of
 
 logger = logging.getLogger("m2d_ext")
 
@@ -41,8 +42,9 @@ class GridEvaluator(BaseEvaluator):
         evaluator_or_data: a sentence-transformers evaluator of embeddings: similarity, triplets, binary
             classification, information retrieval, or any other that asks a model for nothing but ``encode`` and
             ``similarity``. Or rows, as a ``datasets.Dataset`` or a sequence of mappings, with the columns sentence1
-            and sentence2 (or s1, s2) and score, or label (0 or 1); anchor, positive and negative; or anchor and
-            positive, which are retrieved among all positives.
+            and sentence2 (or s1, s2) and score, or label; anchor, positive and negative; or anchor and positive,
+            which are retrieved among all positives. Labels of 0 and 1 are two classes; where one is a fraction they
+            are similarities, as a score is.
         layers: numbers of layers to keep; None: 0 up to all.
         dims: numbers of dimensions to keep; None: the model's, and its halves down to 32.
         metric: which of the evaluator's; None: its primary one.
@@ -58,8 +60,9 @@ class GridEvaluator(BaseEvaluator):
 
     Raises:
         TypeError: neither an evaluator nor rows.
-        ValueError: no rows, or other columns; an evaluator with a ``truncate_dim`` of its own; an unknown ``primary``
-            or ``final_norm``; layers or dims that are empty, repeated or below 0 and 1.
+        ValueError: no rows, or other columns; an empty text, a score that is no finite number, whole labels other
+            than 0 and 1; an evaluator with a ``truncate_dim`` of its own; an unknown ``primary`` or ``final_norm``;
+            layers or dims that are empty, repeated or below 0 and 1.
     """
 
     def __init__(
@@ -82,8 +85,8 @@ class GridEvaluator(BaseEvaluator):
         self.evaluator: Any = evaluator_or_data if is_evaluator else evaluator_of(evaluator_or_data, name or "")
         if getattr(self.evaluator, "truncate_dim", None) is not None:
             raise ValueError(f"the evaluator's truncate_dim must be None, got {self.evaluator.truncate_dim}: dims cut")
-        _check_numbers("layers", layers, least=0)
-        _check_numbers("dims", dims, least=1)
+        check_numbers("layers", layers, least=0)
+        check_numbers("dims", dims, least=1)
         if final_norm not in ("apply", "skip"):
             raise ValueError(f"final_norm must be 'apply' or 'skip', got {final_norm!r}")
         if primary not in ("last", "mean") and not (isinstance(primary, tuple) and len(primary) == 2):
@@ -215,68 +218,73 @@ def evaluator_of(data: Any, name: str = "") -> BaseEvaluator:
 
     Raises:
         TypeError: no rows.
-        ValueError: no rows, or other columns.
+        ValueError: no rows, or other columns; an empty text, a score that is no finite number, whole labels other
+            than 0 and 1.
     """
-    columns = _columns_of(data)
-    given = set(columns)
+    table = table_of(data, kinds="an evaluator, a Dataset or a sequence of mappings")
+    columns = {_column(name): name for name in table.columns}
     for wanted, build in _READERS.items():
-        if set(wanted) <= given:
-            return build(*(columns[column] for column in wanted), name)
+        if set(wanted) <= set(columns):
+            return build(table, *(columns[column] for column in wanted), name)
     accepted = "; ".join(", ".join(wanted) for wanted in _READERS)
-    raise ValueError(f"data must have the columns of one of: {accepted}; got {', '.join(sorted(given))}")
+    raise ValueError(f"{table.name} must have the columns of one of: {accepted}; got {', '.join(sorted(columns))}")
 
 
-def _columns_of(data: Any) -> dict[str, list[Any]]:
-    if hasattr(data, "column_names"):  # datasets.Dataset
-        columns = {_column(name): list(data[name]) for name in data.column_names}
-    elif isinstance(data, Sequence) and not isinstance(data, str) and all(isinstance(row, Mapping) for row in data):
-        columns = {_column(name): [row[name] for row in data] for name in (data[0] if data else ())}
-        if not data:
-            raise ValueError("data must hold at least one row, got none")
-    else:
-        raise TypeError(f"evaluator_or_data must be an evaluator, a Dataset or mappings, got {type(data).__name__}")
-    if not columns or not next(iter(columns.values())):
-        raise ValueError("data must hold at least one row, got none")
-    return columns
-
-
-def _column(name: Any) -> str:
-    lower = str(name).lower()
+def _column(name: str) -> str:
+    lower = name.lower()
     return {"s1": "sentence1", "s2": "sentence2"}.get(lower, lower)
 
 
-def _similarity(first: list[str], second: list[str], scores: list[float], name: str) -> BaseEvaluator:
-    return EmbeddingSimilarityEvaluator(first, second, [float(score) for score in scores], name=name)
+def _similarity(table: Table, first: str, second: str, score: str, name: str) -> BaseEvaluator:
+    if len(table) < 2:
+        raise ValueError(f"{table.name} must hold at least two rows, whose {score} correlates, got one")
+    return EmbeddingSimilarityEvaluator(table.texts(first), table.texts(second), table.numbers(score), name=name)
 
 
-def _classification(first: list[str], second: list[str], labels: list[int], name: str) -> BaseEvaluator:
-    return BinaryClassificationEvaluator(first, second, [int(label) for label in labels], name=name)
+def _labelled(table: Table, first: str, second: str, label: str, name: str) -> BaseEvaluator:
+    labels = table.numbers(label)
+    if not all(map(float.is_integer, labels)):
+        return _similarity(table, first, second, label, name)
+    for row, value in enumerate(labels):
+        if value not in (0, 1):  # more classes than two, or similarities: which, the numbers do not tell
+            place = f"{table.place(row)}: {label}"
+            raise ValueError(f"{place} must be 0 or 1, got {value:g}; a column of similarities is to be named score")
+    return BinaryClassificationEvaluator(
+        table.texts(first), table.texts(second), [int(value) for value in labels], name=name
+    )
 
 
-def _triplets(anchors: list[str], positives: list[str], negatives: list[str], name: str) -> BaseEvaluator:
-    return TripletEvaluator(anchors, positives, negatives, name=name)
+def _triplets(table: Table, anchor: str, positive: str, negative: str, name: str) -> BaseEvaluator:
+    return TripletEvaluator(table.texts(anchor), table.texts(positive), table.texts(negative), name=name)
 
 
-def _retrieval(anchors: list[str], positives: list[str], name: str) -> BaseEvaluator:
+def _retrieval(table: Table, anchor: str, positive: str, name: str) -> BaseEvaluator:
     """Every anchor's positives among all of them; texts that are equal are one."""
+    anchors, positives = table.texts(anchor), table.texts(positive)
     corpus = {text: str(i) for i, text in enumerate(dict.fromkeys(positives))}
     queries = {text: str(i) for i, text in enumerate(dict.fromkeys(anchors))}
     relevant: dict[str, set[str]] = {}
-    for anchor, positive in zip(anchors, positives, strict=True):
-        relevant.setdefault(queries[anchor], set()).add(corpus[positive])
+    for query, found in zip(anchors, positives, strict=True):
+        relevant.setdefault(queries[query], set()).add(corpus[found])
     texts = ({number: text for text, number in each.items()} for each in (queries, corpus))
     return InformationRetrievalEvaluator(*texts, relevant, name=name)
 
 
 _READERS: dict[tuple[str, ...], Callable[..., BaseEvaluator]] = {
     ("sentence1", "sentence2", "score"): _similarity,
-    ("sentence1", "sentence2", "label"): _classification,
+    ("sentence1", "sentence2", "label"): _labelled,
     ("anchor", "positive", "negative"): _triplets,
     ("anchor", "positive"): _retrieval,
 }
 
 
-def _check_numbers(name: str, numbers: Sequence[int] | None, least: int) -> None:
+def check_numbers(name: str, numbers: Sequence[int] | None, least: int) -> None:
+    """Layers or dims; None is any.
+
+    Raises:
+        TypeError: they are not ints.
+        ValueError: none, repeated ones or one below the least.
+    """
     if numbers is None:
         return
     if any(not isinstance(number, int) or isinstance(number, bool) for number in numbers):

@@ -3,10 +3,11 @@
 import csv
 import json
 import statistics
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from . import fields
 
 
 @dataclass(frozen=True)
@@ -58,15 +59,20 @@ class Grid:
 
     @classmethod
     def from_json(cls, data: Any) -> "Grid":
-        """ValueError where it is no grid."""
-        names = {"layers": Sequence, "dims": Sequence, "scores": Sequence, "metric": str}
-        for name, kind in names.items():
-            if not isinstance(data, dict) or not isinstance(data.get(name), kind):
-                raise ValueError(f"a grid must have {name!r}")
-        unknown = set(data) - set(cls.__dataclass_fields__)
-        if unknown:
-            raise ValueError(f"a grid has no {sorted(unknown)[0]!r}")
-        return cls(**data)
+        """What :meth:`to_json` gave. ValueError where it is no grid, or a score of it is not finite."""
+        fields.check_object("grid", data, cls.__dataclass_fields__, ("layers", "dims", "scores", "metric"))
+        fields.check_counts("layers", data["layers"], least=0)
+        fields.check_counts("dims", data["dims"], least=1)
+        kinds = {"metric": str, "greater_is_better": bool, "model": str, "name": str, "extra": dict, "scores": list}
+        for name, kind in kinds.items():
+            if name in data:
+                fields.check_type(name, data[name], kind)
+        for metric, rows in {"scores": data["scores"], **data.get("extra", {})}.items():
+            fields.check_rows(metric, rows)
+        grid = cls(**data)
+        for layer, row in zip(grid.layers, grid.scores, strict=True):
+            fields.check_numbers(f"scores of layer {layer}", row, len(grid.dims))
+        return grid
 
     def write(self, path: str | Path) -> None:
         """As JSON."""

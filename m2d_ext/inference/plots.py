@@ -7,6 +7,22 @@ from .choose import Choice
 from .grid import Grid
 
 
+def check_suffix(name: str, path: str | Path) -> None:
+    """Before the work: whether a picture can be of a path's kind.
+
+    Args:
+        name: of the argument, for the error.
+        path: of the picture.
+
+    Raises:
+        ImportError: no matplotlib.
+        ValueError: it cannot.
+    """
+    known = _pyplot().gcf().canvas.get_supported_filetypes()
+    if Path(path).suffix.lower().removeprefix(".") not in known:
+        raise ValueError(f"{name} must end in .{', .'.join(sorted(known))}, got {path}")
+
+
 def heatmap(grid: Grid, path: str | Path, before: Grid | None = None) -> None:
     """Layers × dims as colours and numbers; with another grid before it, on one scale.
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from sentence_transformers import SentenceTransformer
 
+from . import fields
 from .memory import PeakMemory
 from .truncate import find_layers, truncate_model
 
@@ -49,6 +50,19 @@ class Profile:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    @classmethod
+    def from_json(cls, data: Any) -> "Profile":
+        """What :meth:`to_json` gave. ValueError where it is no profile."""
+        fields.check_object("profile", data, cls.__dataclass_fields__, cls.__dataclass_fields__)
+        fields.check_counts("layers", data["layers"], least=0)
+        for name in ("texts_per_second", "latency_ms", "parameter_bytes", "peak_bytes"):
+            if name != "peak_bytes" or data[name] is not None:
+                fields.check_numbers(name, data[name], len(data["layers"]), least=0)
+        for name in ("bytes_per_dim", "batch_size"):
+            fields.check_type(name, data[name], int)
+        fields.check_type("machine", data["machine"], dict)
+        return cls(**data)
+
     def write(self, path: str | Path) -> None:
         """As JSON."""
         Path(path).write_text(json.dumps(self.to_json(), indent=1), encoding="utf-8")
@@ -57,9 +71,8 @@ class Profile:
     def read(cls, path: str | Path) -> "Profile":
         """What :meth:`write` wrote. ValueError where it is no profile."""
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-            return cls(**data)
-        except (ValueError, TypeError) as error:
+            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+        except ValueError as error:
             raise ValueError(f"{path} is no profile: {error}") from error
 
 

@@ -2,9 +2,11 @@
 
 import copy
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import RepoCard
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize
@@ -31,7 +33,7 @@ def truncate_model(
 
     Returns:
         A new ``SentenceTransformer`` on the same device. Its encoder's ``config.m2d_ext_cut`` and its model card say
-        what was cut.
+        what was cut. The card is a new one, with the licence, languages, data sets and tags that the model's has.
 
     Raises:
         TypeError: not a SentenceTransformer, or numbers that are not ints.
@@ -60,13 +62,18 @@ def truncate_model(
     return cut
 
 
+def count_layers(encoder: Any) -> int:
+    """How many layers an encoder has, as its configuration counts them."""
+    return int(_text_config(encoder.config).num_hidden_layers)
+
+
 def find_layers(encoder: Any) -> tuple[str, nn.ModuleList]:
     """The list of an encoder's layers, by name, found as its configuration counts them.
 
     Raises:
         ValueError: there is none, or more than one.
     """
-    count = _text_config(encoder.config).num_hidden_layers
+    count = count_layers(encoder)
     found = {
         name: module
         for name, module in encoder.named_modules()
@@ -167,11 +174,48 @@ def _cut_dims(model: SentenceTransformer, dim: int, width: int) -> None:
 def _describe(
     cut: SentenceTransformer, model: SentenceTransformer, num_layers: int, of_layers: int, dim: int, of_dims: int
 ) -> None:
-    """In the model card, above what its template says."""
+    """In the model card. The text that the model was loaded with is of the whole one: the cut one gets a new card."""
     data = cut.model_card_data
-    base = model.model_card_data.base_model or model.model_card_data.model_name
+    card = _loaded_card(model)
+    if card is not None:
+        _take_metadata(data, card.data.to_dict())
+    cut._model_card_text = None
+    data.eval_results_dict = {}  # of the whole model, too
     what = f"the first {num_layers} of {of_layers} layers and {dim} of {of_dims} dimensions"
-    data.model_name = f"{base or 'SentenceTransformer'}, cut to {what}"
+    data.model_name = f"{_name_of(model, card)}, cut to {what}"
     tags = [tag for tag in data.tags or [] if tag not in ("matryoshka", "m2d_ext")]
     data.tags = [*tags, "matryoshka", "m2d_ext"]
     logger.info("Kept %s.", what)
+
+
+def _loaded_card(model: SentenceTransformer) -> RepoCard | None:
+    """The text that sentence-transformers would write again; None for a trained model, whose card it makes anew."""
+    text = model._model_card_text
+    if not text or "generated_from_trainer" in (model.model_card_data.tags or []):
+        return None
+    try:
+        return RepoCard(text)
+    except Exception as error:  # of YAML, or of what it says: no reason not to cut
+        logger.warning("The head of the model's README.md cannot be read, and is left out: %s", error)
+        return None
+
+
+def _take_metadata(data: Any, known: dict[str, Any]) -> None:
+    """What does not change by a cut, where the data of the new card do not say it themselves."""
+    for name in ("language", "license", "datasets"):
+        if known.get(name) and not getattr(data, name):
+            setattr(data, name, known[name])
+    data.tags = list(dict.fromkeys([*(data.tags or []), *(known.get("tags") or [])]))
+
+
+def _name_of(model: SentenceTransformer, card: RepoCard | None) -> str:
+    """As its card's title calls it, or by what it was loaded from."""
+    data = model.model_card_data
+    first = card.text.lstrip().partition("\n")[0] if card is not None else ""
+    title = first.removeprefix("# ").strip() if first.startswith("# ") else ""
+    origin = str(getattr(model[0].auto_model.config, "_name_or_path", "") or "")
+    if Path(origin).is_absolute() or Path(origin).exists():
+        origin = Path(origin).name  # a folder, and not where that is on this machine
+    nameless = type(model).__name__
+    names = (title, data.model_name, data.base_model, origin)
+    return str(next((name for name in names if name and name != nameless), nameless))
