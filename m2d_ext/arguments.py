@@ -164,14 +164,25 @@ def _read_cu_seqlens(cu_seqlens: Tensor, states: Tensor) -> Tensor:
     if cu_seqlens.device != states.device:
         raise ValueError(f"cu_seqlens must be on the states' device {states.device}, got {cu_seqlens.device}")
     offsets = cu_seqlens.to(torch.int64, copy=True)  # the backward needs them, whatever becomes of the caller's
-    # On other devices looking would synchronise; the kernels clamp, and M2D_CHECK=1 looks nevertheless.
-    looks = offsets.device.type == "cpu" or os.environ.get("M2D_CHECK") == "1"
-    if looks and not torch.compiler.is_compiling():
-        if offsets[0] != 0 or bool((offsets.diff() < 0).any()):
-            raise ValueError(f"cu_seqlens must start at 0 and never decrease, got {cu_seqlens.tolist()}")
-        if offsets[-1] != len(states):
-            raise ValueError(f"cu_seqlens must end at the token count {len(states)}, got {int(offsets[-1])}")
+    check_offsets(offsets, len(states))
     return offsets
+
+
+def check_offsets(offsets: Tensor, num_tokens: int) -> None:
+    """Look at the offsets (N + 1,) of packed texts where that is free, or ``M2D_CHECK=1`` asks for it.
+
+    On other devices it would synchronise; there the kernels clamp them to the tokens that are there.
+
+    Raises:
+        ValueError: they do not start at 0, decrease, or end elsewhere than at the number of tokens.
+    """
+    looks = offsets.device.type == "cpu" or os.environ.get("M2D_CHECK") == "1"
+    if not looks or torch.compiler.is_compiling():
+        return
+    if offsets[0] != 0 or bool((offsets.diff() < 0).any()):
+        raise ValueError(f"cu_seqlens must start at 0 and never decrease, got {offsets.tolist()}")
+    if offsets[-1] != num_tokens:
+        raise ValueError(f"cu_seqlens must end at the token count {num_tokens}, got {int(offsets[-1])}")
 
 
 def read_grid(
