@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import sentence_transformers
 import torch
@@ -152,6 +153,32 @@ def test_dims_are_bound_by_truncate_dim() -> None:
     ours = raised(lambda: build(OURS, "MatryoshkaLoss", model, matryoshka_dims=[HIDDEN]))
     assert ours == raised(lambda: build(THEIRS, "MatryoshkaLoss", model, matryoshka_dims=[HIDDEN]))
     assert "16" in ours[1]
+
+
+@pytest.mark.parametrize("convert", [np.int64, np.uint8, torch.tensor], ids=["int64", "uint8", "tensor"])
+@pytest.mark.parametrize("wrapper", WITH_DIMS)
+def test_ints_of_other_libraries(wrapper: str, convert: Callable[[int], Any]) -> None:
+    arguments = {"matryoshka_dims": list(map(convert, DIMS)), "matryoshka_weights": list(map(np.float32, (1.0, 0.5)))}
+    comparison = compare(
+        tiny_model(),
+        lambda model: build(OURS, wrapper, model, **arguments),
+        lambda model: build(THEIRS, wrapper, model, **arguments),
+        texts,
+    )
+    assert not comparison.fallbacks
+    assert [type(dim) for dim in build(OURS, wrapper, **arguments).get_config_dict()["matryoshka_dims"]] == [int, int]
+
+
+def test_layers_and_pairs_of_other_libraries() -> None:
+    layers = build(OURS, "Matryoshka2dLoss", layers=np.array([2, 0])).get_config_dict()["layers"]
+    pairs = build(OURS, "Matryoshka2dLoss", pairs=np.array([[2, 8], [1, HIDDEN]])).get_config_dict()["pairs"]
+    assert (layers, pairs) == ([0, 2], [(1, HIDDEN), (2, 8)])
+
+
+@pytest.mark.parametrize("dims", [[16.0], [True]], ids=str)
+def test_dims_that_are_no_ints(dims: list[Any]) -> None:
+    with pytest.raises(TypeError, match="matryoshka_dims must be ints"):
+        build(OURS, "MatryoshkaLoss", matryoshka_dims=dims)
 
 
 @pytest.mark.parametrize("wrapper", WITH_LAYERS)

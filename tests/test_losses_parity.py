@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import random
 import statistics
+import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,13 +23,14 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from packaging.version import Version
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Dense
 from sentence_transformers.sentence_transformer import losses as st_losses
-from sentence_transformers.sentence_transformer.modules import LayerNorm, Normalize
+from sentence_transformers.sentence_transformer.modules import LayerNorm, Normalize, Pooling
 from sentence_transformers.util import dot_score, manhattan_sim, pairwise_cos_sim
 from torch import Tensor, nn
 
 import m2d_ext
-from m2d_ext.losses import embed
+from m2d_ext.losses import embed, gather
 from parity import (
     FLOAT32_TOLERANCE,
     OWN_ERROR_FACTOR,
@@ -39,7 +41,16 @@ from parity import (
     recorded_fallbacks,
     run,
 )
-from tiny_models import ARCHITECTURES, CONFIGS, HIDDEN, MORE_CONFIGS, features_of, sentence, tiny_model
+from tiny_models import (
+    ARCHITECTURES,
+    CONFIGS,
+    HIDDEN,
+    MORE_CONFIGS,
+    PADDING_CONFIGS,
+    features_of,
+    sentence,
+    tiny_model,
+)
 
 pytestmark = pytest.mark.skipif(
     Version(sentence_transformers.__version__).release[:2] != (6, 2),
@@ -349,6 +360,15 @@ def test_columns_in_shared_calls(architecture: str, wrapper: str, monkeypatch: p
 
 @pytest.mark.usefixtures("expect_fused")
 @pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("architecture", PADDING_CONFIGS)
+def test_encoders_that_depend_on_padding(architecture: str, wrapper: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embed, "MERGED_TOKENS", 1000)
+    configuration = Configuration(architecture=architecture, lengths=THREE_COLUMNS, arguments=ALL_CELLS)
+    check(wrapper, configuration, dtype=torch.float64, tolerance=1e-9)
+
+
+@pytest.mark.usefixtures("expect_fused")
+@pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_all_cells_of_every_architecture(architecture: str, wrapper: str) -> None:
     configuration = Configuration(architecture=architecture, lengths=THREE_COLUMNS, arguments=ALL_CELLS)
@@ -431,6 +451,29 @@ def test_truncate_dim_leaves_the_kl_at_full_width() -> None:
     model = configuration.model()
     model.truncate_dim = 16
     check("Matryoshka2dLoss", configuration, model=model)
+
+
+@pytest.mark.parametrize("normalize", [False, True], ids=["raw", "normalized"])
+@pytest.mark.parametrize("shape", [(4, 16), (4, 2, 16), (4, HIDDEN)], ids=str)
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("name", ["MSELoss", "EmbedDistillLoss"])
+@pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")
+def test_teachers_of_truncated_embeddings(name: str, wrapper: str, shape: tuple[int, ...], normalize: bool) -> None:
+    """As wide as `truncate_dim` with dims, which are at most that; without, as wide as the whole embedding."""
+    configuration = Configuration(
+        lengths=TWO_COLUMNS, normalize=normalize, arguments=ALL_CELLS | {"matryoshka_dims": [16, 8]}
+    )
+    model = configuration.model()
+    model.truncate_dim = 16
+    labels = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    base = getattr(st_losses, name)
+    if (wrapper == "AdaptiveLayerLoss") == (shape[-1] == HIDDEN):
+        comparison = check(wrapper, configuration, base=base, model=model, labels=labels)
+        assert bool(comparison.fallbacks) == (wrapper == "AdaptiveLayerLoss")
+        return
+    for library in (OURS, THEIRS):
+        with pytest.raises(RuntimeError):
+            run(builder(library, wrapper, configuration.arguments, base), model, configuration.features, labels=labels)
 
 
 def freeze_embeddings(model: SentenceTransformer) -> None:
@@ -592,6 +635,96 @@ def test_settings_may_change_between_steps(name: str) -> None:
     assert changed.theirs.loss != unchanged.theirs.loss
 
 
+class Learned(nn.Module):
+    """Weights of layers that are trained with the model."""
+
+    __name__ = "learned"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.tensor([0.5, 1.0, 2.0]))
+
+    def forward(self, layer_index: int) -> Tensor:
+        return self.weights[layer_index]
+
+
+def train_setting(loss: nn.Module, name: str) -> None:
+    """Make one of the loss's numbers a parameter, or one of those of a loss inside it."""
+    holder = next(module for module in loss.modules() if hasattr(module, name))
+    value = getattr(holder, name)
+    if isinstance(value, tuple):
+        setattr(holder, name, tuple(nn.Parameter(torch.tensor(float(each))) for each in value))
+        holder.kept = nn.ParameterList(getattr(holder, name))  # for the comparison of gradients to find them
+    else:
+        delattr(holder, name)
+        setattr(holder, name, nn.Parameter(torch.tensor(float(value))))
+
+
+TRAINED = {
+    "scale": "MatryoshkaLoss",
+    "hardness_strength": "AdaptiveLayerLoss",
+    "matryoshka_weights": "Matryoshka2dLoss",
+    "last_layer_weight": "AdaptiveLayerLoss",
+    "prior_layers_weight": "Matryoshka2dLoss",
+    "kl_div_weight": "AdaptiveLayerLoss",
+    "kl_temperature": "AdaptiveLayerLoss",
+    "layer_weighting": "Matryoshka2dLoss",
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_settings_that_are_trained(name: str) -> None:
+    base = multiple_negatives(hardness_mode="all_negatives", hardness_strength=2.0)
+
+    def build(library: Any, model: SentenceTransformer) -> nn.Module:
+        arguments = ALL_CELLS | ({"layer_weighting": Learned()} if name == "layer_weighting" else {})
+        loss = builder(library, TRAINED[name], arguments, base)(model)
+        if name != "layer_weighting":
+            train_setting(loss, name)
+        return loss
+
+    configuration = Configuration()
+    comparison = compare(configuration.model(), partial(build, OURS), partial(build, THEIRS), configuration.features)
+    assert f" has a {name} that is trained" in comparison.fallbacks[0]
+    found = {key.split("loss.")[-1]: gradient for key, gradient in comparison.ours.gradients.items()}
+    of_settings = [gradient for key, gradient in found.items() if not key.startswith("model.")]
+    assert of_settings
+    assert all(gradient.norm() > 0 for gradient in of_settings)
+
+
+def test_trained_weights_of_layers_in_a_function() -> None:
+    """What it returns is seen after the draw; a gradient is not dropped without a word."""
+    configuration = Configuration()
+    model = configuration.model()
+    loss = OURS.AdaptiveLayerLoss(model, base_loss(model), layer_weighting=lambda j: nn.Parameter(torch.ones(())) * j)
+    with pytest.raises(ValueError, match=r"layer_weighting must be a torch.nn.Module"):
+        loss(configuration.features(model), None)
+
+
+@pytest.mark.usefixtures("expect_fused")
+@pytest.mark.parametrize(
+    "name", ["scale", "hardness_strength", "matryoshka_weights", *LAYER_ARGUMENTS[1:5], "layer_weighting"]
+)
+def test_settings_that_are_tensors_may_change_in_place(name: str) -> None:
+    base = multiple_negatives(hardness_mode="all_negatives", hardness_strength=2.0)
+
+    def build(library: Any, model: SentenceTransformer) -> nn.Module:
+        weight = torch.tensor(1.0)
+        given = {"matryoshka_weights": [weight, 1.0, 0.5], "layer_weighting": lambda _: weight}
+        arguments = ALL_CELLS | {key: value for key, value in given.items() if key == name}
+        loss = builder(library, "Matryoshka2dLoss", arguments, base)(model)
+        if name not in given:
+            holder = next(module for module in loss.modules() if hasattr(module, name))
+            setattr(holder, name, weight)
+        with torch.no_grad():
+            loss(configuration.features(model), None)
+        weight.fill_(3.0)
+        return loss
+
+    configuration = Configuration()
+    compare(configuration.model(), partial(build, OURS), partial(build, THEIRS), configuration.features)
+
+
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_fused_path_leaves_the_base_loss_alone(wrapper: str) -> None:
     """The log line says which path was taken; here the work itself says so."""
@@ -735,6 +868,139 @@ def test_base_losses(name: str, wrapper: str, normalize: bool, every: bool) -> N
         assert bool(comparison.fallbacks) == (wrapper not in base.fused), comparison.fallbacks
 
 
+RAGGED: dict[str, Base] = {
+    "more candidates": Base(base_loss, lengths=((3, 5, 4, 7), (6, 4, 9, 3, 2, 8))),
+    "more negatives": Base(base_loss, lengths=((3, 5, 4, 7), (6, 4, 9, 3), (2, 8, 3, 5, 6))),
+    "fewer negatives": Base(base_loss, lengths=((3, 5, 4, 7), (6, 4, 9, 3), (2, 8))),
+    "a column that is not read": Base(BASE_LOSSES["CoSENT"].build, pair_scores(2), ((3, 5), (6, 4), (2, 8, 3))),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("name", RAGGED)
+def test_columns_of_different_lengths(name: str, wrapper: str) -> None:
+    base = RAGGED[name]
+    configuration = Configuration(lengths=base.lengths, arguments=FALLBACK_ARGUMENTS, seed=2)
+    comparison = check(wrapper, configuration, base=base.build, labels=base.labels)
+    assert "the columns have different numbers of texts" in comparison.fallbacks[0]
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_fewer_positives_than_anchors(wrapper: str) -> None:
+    configuration = Configuration(lengths=((3, 5, 4, 7), (6, 4)), arguments=ALL_CELLS)
+    for library in (OURS, THEIRS):
+        with pytest.raises(IndexError):
+            run(builder(library, wrapper, ALL_CELLS), configuration.model(), configuration.features)
+
+
+COLUMNS = {
+    **dict.fromkeys(("CoSENT", "AnglE", "cosine similarity", "margin, cosines"), (0, 1)),
+    **dict.fromkeys(("hard negatives", "guided"), (0, 1)),
+    "embedding distillation": (0,),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [(name, count) for name, counts in COLUMNS.items() for count in counts], ids=str
+)
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_too_few_columns(wrapper: str, name: str, count: int) -> None:
+    """sentence-transformers raises too, of whatever type."""
+    base, configuration = BASE_LOSSES[name], Configuration(lengths=THREE_COLUMNS[:count])
+    for library, error, match in (
+        (OURS, ValueError, f"Expected .* embeddings, got {count}"),
+        (THEIRS, Exception, "."),
+    ):
+        with pytest.raises(error, match=match):
+            run(
+                builder(library, wrapper, ALL_CELLS, base.build),
+                configuration.model(),
+                configuration.features,
+                labels=base.labels,
+            )
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_no_columns_of_a_loss_of_single_columns(wrapper: str) -> None:
+    configuration = Configuration(lengths=())
+    with pytest.raises(ValueError, match="Expected at least 1 embeddings, got 0"):
+        run(
+            builder(OURS, wrapper, ALL_CELLS, st_losses.GlobalOrthogonalRegularizationLoss),
+            configuration.model(),
+            configuration.features,
+        )
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("option", ["mini_batch_size", "gather_across_devices"])
+def test_columns_of_different_lengths_where_the_loop_would_not_do(
+    option: str, wrapper: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other processes would wait elsewhere than the loop does; and it has no gradient caching."""
+    configuration = Configuration(lengths=((3, 5), (6, 4, 9)))
+    model = configuration.model()
+    gathers = option == "gather_across_devices"
+    arguments: dict[str, Any] = {} if wrapper == "AdaptiveLayerLoss" else {"matryoshka_dims": [HIDDEN]}
+    loss = getattr(OURS, wrapper)(
+        model,
+        st_losses.MultipleNegativesRankingLoss(model, gather_across_devices=gathers),
+        **arguments,
+        **({} if gathers else {option: 2}),
+    )
+    monkeypatch.setattr(gather, "is_distributed", lambda: gathers)
+    with pytest.raises(ValueError, match=f"{option}.*the columns have different numbers of texts"):
+        loss(configuration.features(model), None)
+
+
+METHODS = {
+    "compute_loss_from_embeddings": base_loss,
+    "calculate_loss": lambda model: st_losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=2),
+    "forward": base_loss,
+}
+
+
+@pytest.mark.parametrize("wrapper", ["MatryoshkaLoss", "AdaptiveLayerLoss"])
+@pytest.mark.parametrize("method", METHODS)
+def test_fallback_for_a_method_replaced_on_the_base_loss(method: str, wrapper: str) -> None:
+    def base(model: Any) -> nn.Module:
+        loss = METHODS[method](model)
+        original = getattr(loss, method)
+        setattr(loss, method, lambda *args, **options: 2 * original(*args, **options))
+        return loss
+
+    configuration = Configuration(arguments=ALL_CELLS)
+    if wrapper == "AdaptiveLayerLoss" and method == "calculate_loss":
+        with pytest.raises(ValueError, match=r"cannot cache gradients .* has a replaced calculate_loss"):
+            run(builder(OURS, wrapper, ALL_CELLS, base), configuration.model(), configuration.features)
+        return
+    assert f"a replaced {method}" in check(wrapper, configuration, base=base).fallbacks[0]
+
+
+def test_fallback_for_a_hook_on_the_loss_of_dims() -> None:
+    def build(library: Any, model: SentenceTransformer) -> nn.Module:
+        loss = builder(library, "Matryoshka2dLoss", FALLBACK_ARGUMENTS)(model)
+        loss.loss.register_forward_hook(doubled)
+        return loss
+
+    configuration = Configuration(seed=1)
+    comparison = compare(
+        configuration.model(), partial(build, OURS), partial(build, THEIRS), configuration.features, seed=1
+    )
+    assert "MatryoshkaLoss has hooks or a replaced forward" in comparison.fallbacks[0]
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_one_line_says_why(wrapper: str) -> None:
+    """Of the loss that the user made; not one of the loss inside it, which finds the model replaced by the loop."""
+    with recorded_fallbacks() as lines:
+        run(
+            builder(OURS, wrapper, FALLBACK_ARGUMENTS, UsersLoss),
+            Configuration().model(),
+            Configuration(arguments=FALLBACK_ARGUMENTS).features,
+        )
+    assert lines == [f"{wrapper} is falling back to the loop: UsersLoss has no fused path."]
+
+
 class Summed(nn.Module):
     """sentence-transformers adds up what a loss returns as a dict in its Trainer alone, and raises in a loss."""
 
@@ -805,6 +1071,23 @@ def test_cached_guide_takes_several_negatives() -> None:
     check("MatryoshkaLoss", configuration, base=base, dtype=torch.float64, tolerance=1e-10)
 
 
+@pytest.mark.parametrize("shared", ["model", "wrapper", "encoder"])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_guided_by_the_model_itself(wrapper: str, shared: str) -> None:
+    """Whose embeddings sentence-transformers then cuts too."""
+
+    def base(model: Any) -> nn.Module:
+        guides = {"model": model, "wrapper": Wrapper(model, "module")}
+        guide = guides.get(shared) or SentenceTransformer(modules=[model[0], Pooling(HIDDEN, "cls")], device="cpu")
+        guided = st_losses.GISTEmbedLoss(model, model, temperature=0.1)
+        guided.guide = guide
+        return guided
+
+    configuration = Configuration(arguments=ALL_CELLS)
+    comparison = check(wrapper, configuration, base=base, dtype=torch.float64, tolerance=1e-10)
+    assert "GISTEmbedLoss has the model, or a module of it, as its guide" in comparison.fallbacks[0]
+
+
 @pytest.mark.usefixtures("expect_fused")
 @pytest.mark.parametrize("prompt_length", [0, 1, 2])
 @pytest.mark.parametrize("left_padding", [False, True], ids=["right", "left"])
@@ -867,6 +1150,47 @@ def test_modules_after_pooling(wrapper: str, normalize: bool, arguments: dict[st
     assert any(".linear." in name for name in comparison.gradient_ratios)
 
 
+def doubled(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+    return 2 * output
+
+
+def dense_of(name: str) -> Dense:
+    """A Dense that does not treat each row by itself in the same way every time it is called."""
+    activation = {"BatchNorm1d": nn.BatchNorm1d(HIDDEN), "function": torch.sin, "Dropout": nn.Dropout(0.5)}
+    dense = Dense(HIDDEN, HIDDEN, activation_function=activation.get(name, nn.Tanh()))
+    if name == "spectral_norm":
+        nn.utils.parametrizations.spectral_norm(dense.linear)
+    elif name == "hook":
+        dense.linear.register_forward_hook(doubled)
+    return dense
+
+
+@pytest.mark.parametrize("wrapper", ["AdaptiveLayerLoss", "Matryoshka2dLoss"])
+@pytest.mark.parametrize("name", ["BatchNorm1d", "Dropout", "function", "spectral_norm", "hook"])
+def test_dense_that_depends_on_the_call(name: str, wrapper: str) -> None:
+    configuration = Configuration(arguments=ALL_CELLS, lengths=THREE_COLUMNS)
+    model = configuration.model()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model.append(dense_of(name))
+    # In float64: a bias before a BatchNorm has a gradient of exactly zero.
+    comparison = check(wrapper, configuration, model=model, dtype=torch.float64, tolerance=1e-10)
+    assert " Dense has " in comparison.fallbacks[0] or "parts of Dense have hooks" in comparison.fallbacks[0]
+
+
+@pytest.mark.usefixtures("expect_fused")
+@pytest.mark.parametrize(
+    "activation", [None, nn.GELU(), nn.PReLU(HIDDEN), nn.Sequential(nn.SiLU(), nn.LayerNorm(HIDDEN))], ids=str
+)
+def test_activations_of_each_row(activation: nn.Module | None) -> None:
+    configuration = Configuration(arguments=ALL_CELLS)
+    model = configuration.model()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model.append(Dense(HIDDEN, HIDDEN, activation_function=copy.deepcopy(activation)))
+    check("Matryoshka2dLoss", configuration, model=model)
+
+
 WORD_WEIGHTS = [
     (pooling, trained)
     for pooling in ("mean", "cls", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens", ("mean", "cls"))
@@ -924,6 +1248,52 @@ def test_fallback_for_hooked_modules(wrapper: str, index: int) -> None:
     model = configuration.model()
     model[index].register_forward_hook(damp_second_half)
     assert check(wrapper, configuration, model=model).fallbacks
+
+
+def prepared(model: SentenceTransformer) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
+
+
+def damped(model: SentenceTransformer) -> None:
+    """A user's forward in place of the model's."""
+    forward = model.forward
+
+    def damp(self: Any, features: dict[str, Any], **options: Any) -> dict[str, Any]:
+        output = forward(features, **options)
+        factor = torch.linspace(0.1, 2.0, HIDDEN, dtype=output["sentence_embedding"].dtype)
+        return {**output, "sentence_embedding": output["sentence_embedding"] * factor}
+
+    model.forward = types.MethodType(damp, model)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("after", [(), (prepared,)], ids=["alone", "prepared"])
+def test_fallback_for_a_replaced_forward(after: tuple[Any, ...], wrapper: str) -> None:
+    def build(library: Any, model: SentenceTransformer) -> nn.Module:
+        for change in (damped, *after):
+            change(model)
+        return builder(library, wrapper, FALLBACK_ARGUMENTS)(model)
+
+    # A model that accelerate prepared rounds to bfloat16: as close as its own rounding, twice.
+    configuration = Configuration()
+    tolerance = {"tolerance": 0.1} if after else {}
+    comparison = compare(
+        configuration.model(), partial(build, OURS), partial(build, THEIRS), configuration.features, **tolerance
+    )
+    assert "the model has a replaced forward" in comparison.fallbacks[0]
+
+
+@pytest.mark.usefixtures("expect_fused")
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_mixed_precision_of_accelerate(wrapper: str) -> None:
+    """Which puts a forward of its own around the model's."""
+    configuration = Configuration(arguments=FALLBACK_ARGUMENTS)
+    model = configuration.model()
+    prepared(model)
+    assert "forward" in vars(model)
+    loss = builder(OURS, wrapper, FALLBACK_ARGUMENTS)(model)
+    loss(configuration.features(model), None).backward()
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)

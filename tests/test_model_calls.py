@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.sentence_transformer import losses as st_losses
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 import m2d_ext
 from m2d_ext.losses import embed
@@ -95,6 +96,51 @@ def test_layers_that_were_cut_off_are_not_drawn() -> None:
     assert {state for states in recorder.states[1:] for state in states} == asked
 
 
+@pytest.mark.parametrize("architecture", ["qwen3", "modernbert"])
+@pytest.mark.parametrize(("before", "after"), [(5, 2), (2, 5)])
+def test_layers_that_the_configuration_leaves_out(architecture: str, before: int, after: int) -> None:
+    """Some encoders run as many of their layers as it says; the modules stay."""
+    model = tiny_model(architecture, num_layers=LAYERS).double()
+    config = model[0].auto_model.config
+    losses = [
+        library.AdaptiveLayerLoss(model, MultipleNegativesRankingLoss(model), n_layers_per_step=1)
+        for library in (m2d_ext, st_losses)
+    ]
+    for seed in range(6):
+        values = []
+        for loss in losses:
+            random.seed(seed)
+            steps = []
+            for config.num_hidden_layers in (before, after):
+                steps.append(loss(columns_of(model, (4, 4)), None).item())
+            values.append(steps)
+        assert values[0] == pytest.approx(values[1], rel=1e-10)
+
+
+@pytest.mark.parametrize("mini_batch_size", [None, 2])
+@pytest.mark.parametrize("dense", [None, HIDDEN])
+@pytest.mark.parametrize(("returned", "match"), [(2, "2 hidden states"), (LAYERS + 3, f"{LAYERS + 3} hidden states")])
+def test_another_number_of_states(returned: int, match: str, dense: int | None, mini_batch_size: int | None) -> None:
+    """One error where nothing told it before; the next step starts with what there is then."""
+    model = tiny_model(num_layers=LAYERS, dense=dense)
+    loss = loss_of(model, layers=[LAYERS - 1], mini_batch_size=mini_batch_size)
+    loss(columns_of(model, (4, 4)), None)
+    encoder = model[0].auto_model
+    forward = encoder.forward
+
+    def other(**inputs: Any) -> Any:
+        output = forward(**inputs)
+        states = output.hidden_states * 2
+        output.hidden_states = states[:returned]
+        return output
+
+    encoder.forward = other
+    with pytest.raises(RuntimeError, match=f"the encoder returned {match}"):
+        loss(columns_of(model, (4, 4)), None)
+    encoder.forward = forward
+    loss(columns_of(model, (4, 4)), None).backward()
+
+
 @pytest.mark.parametrize(
     ("lengths", "shapes"),
     [
@@ -135,6 +181,24 @@ def test_modules_after_the_encoder_do_not_run(monkeypatch: pytest.MonkeyPatch) -
     loss_of(model)(columns, None).backward()
     with pytest.raises(AssertionError, match="ran"):
         model(columns[0])
+
+
+@pytest.mark.parametrize("wrapper", ["MatryoshkaLoss", "Matryoshka2dLoss"])
+@pytest.mark.parametrize("modules", [{"dense": HIDDEN}, {"word_weights": True}], ids=["dense", "word_weights"])
+def test_compiled_once(modules: dict[str, Any], wrapper: str) -> None:
+    """A module's forward that is another object in every step would be compiled in every step."""
+    torch._dynamo.reset()  # it compiles the same function a limited number of times
+    model = tiny_model("mpnet", **modules)
+    counter = CompileCounter()
+    loss = getattr(m2d_ext, wrapper)(model, MultipleNegativesRankingLoss(model), [HIDDEN, 8])
+    compiled = torch.compile(model, backend=counter, dynamic=True)
+    override = SentenceTransformerTrainer.override_model_in_loss
+    override(object.__new__(SentenceTransformerTrainer), loss, compiled)
+    counts = []
+    for _ in range(6):
+        loss(columns_of(model, (4, 9)), None).backward()
+        counts.append(counter.frame_count)
+    assert counts[-1] == counts[1] > 0
 
 
 class Broken(Exception):

@@ -192,6 +192,29 @@ def test_final_norm_rows_equal_the_cut_model(architecture_name: str) -> None:
         torch.testing.assert_close(pooled[layer], expected, rtol=1e-6, atol=1e-6)
 
 
+def swap_model(loss: nn.Module, model: SentenceTransformer) -> None:
+    loss.model = loss.loss.model = loss.loss.loss.model = model
+
+
+def swap_norm(loss: nn.Module, model: SentenceTransformer) -> None:
+    loss.model[0].auto_model.final_norm = model[0].auto_model.final_norm
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "swap"),
+    [("modernbert", "modernbert", swap_model), ("bert", "modernbert", swap_model), ("modernbert", None, swap_norm)],
+)
+def test_final_norm_is_that_of_the_present_model(first: str, second: str | None, swap: Any) -> None:
+    """A Trainer puts another model into the loss for each trial; and a norm may be replaced alone."""
+    model, other = tiny_model(first), tiny_model(second or first, seed=5)
+    options: dict[str, Any] = {"n_layers_per_step": -1, "n_dims_per_step": -1, "final_norm": "apply"}
+    loss = loss_2d(model, **options)
+    loss(columns_of(model), LABELS)
+    swap(loss, other)
+    fresh = loss_2d(loss.model, **options)
+    assert_same(outcome(loss, loss.model), outcome(fresh, loss.model))
+
+
 @pytest.mark.parametrize("mini_batch_size", [None, 3])
 def test_logged_cells_add_up(mini_batch_size: int | None) -> None:
     model = tiny_model(num_layers=LAYERS).double()

@@ -190,6 +190,30 @@ MORE_CONFIGS = {
 }
 
 
+def fnet_config(hidden: int, num_layers: int, dropout: float) -> PretrainedConfig:
+    sizes = _encoder_sizes(hidden, num_layers)
+    del sizes["num_attention_heads"]
+    return transformers.FNetConfig(**sizes, hidden_dropout_prob=dropout)
+
+
+def convbert_config(hidden: int, num_layers: int, dropout: float) -> PretrainedConfig:
+    sizes = _encoder_sizes(hidden, num_layers) | {
+        "embedding_size": hidden // 2,
+        "head_ratio": 1,
+        "conv_kernel_size": 3,
+    }
+    return transformers.ConvBertConfig(**sizes, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
+
+
+def yoso_config(hidden: int, num_layers: int, dropout: float) -> PretrainedConfig:
+    sizes = _encoder_sizes(hidden, num_layers) | {"use_expectation": True}
+    return transformers.YosoConfig(**sizes, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
+
+
+# Whose states of a text depend on how far it is padded.
+PADDING_CONFIGS = {"fnet": fnet_config, "convbert": convbert_config, "yoso": yoso_config}
+
+
 @functools.cache
 def _transformer(
     architecture: str, left_padding: bool, hidden: int, num_layers: int, dropout: float, seed: int
@@ -199,7 +223,8 @@ def _transformer(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = transformers.AutoModel.from_config((CONFIGS | MORE_CONFIGS)[architecture](hidden, num_layers, dropout))
+        config = (CONFIGS | MORE_CONFIGS | PADDING_CONFIGS)[architecture](hidden, num_layers, dropout)
+        model = transformers.AutoModel.from_config(config)
         _perturb_norms_and_biases(model)
     # The module only loads from a folder; a saved model is also what a user's own script would give it.
     with tempfile.TemporaryDirectory() as folder:

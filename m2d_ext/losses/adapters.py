@@ -37,6 +37,8 @@ class Adapter(NamedTuple):
 
     cells: Callable[[Any, Rows], Tensor]  # of the loss and the rows: (L, K)
     refusal: Callable[[Any, bool, bool], str | None]  # as the function of that name below
+    fewest_columns: int
+    most_columns: int | None = None
 
 
 def is_ranking(loss: Any) -> bool:
@@ -58,8 +60,9 @@ def hardness(loss: Any) -> tuple[float, float]:
     """``hardness`` and ``own_hardness`` of :class:`m2d_ext.grid.Grid` for a loss of that cross-entropy."""
     if not _is_hardened(loss):
         return 0.0, 0.0
-    others = 0.0 if loss.hardness_mode == "hard_negatives" else loss.hardness_strength
-    own = 0.0 if loss.hardness_mode == "in_batch_negatives" else loss.hardness_strength
+    strength = float(loss.hardness_strength)
+    others = 0.0 if loss.hardness_mode == "hard_negatives" else strength
+    own = 0.0 if loss.hardness_mode == "in_batch_negatives" else strength
     return others, own
 
 
@@ -73,6 +76,14 @@ def refusal(loss: Any, normalized: bool, teaches: bool) -> str | None:
     """
     adapter = ADAPTERS.get(type(loss))
     return "has no fused path" if adapter is None else adapter.refusal(loss, normalized, teaches)
+
+
+def check_columns(loss: Any, count: int) -> None:
+    """ValueError where a batch has too few columns for the loss, or too many."""
+    _, _, fewest, most = ADAPTERS[type(loss)]
+    if count < fewest or (most is not None and count > most):
+        wanted = f"at least {fewest}" if most is None else f"{fewest} or {most}"
+        raise ValueError(f"Expected {wanted} embeddings, got {count}")
 
 
 def cells(loss: Any, rows: Rows) -> Tensor:
@@ -311,6 +322,8 @@ def _distill(loss: Any, rows: Rows) -> Tensor:
         )
     distances = []
     for c, column in enumerate(rows.columns):
+        # A teacher is as wide as the model's truncate_dim, if it has one, and no dim is beyond that.
+        column = column[..., : labels.shape[-1]]
         teacher = (labels if labels.ndim == 2 else labels[:, c]).to(column).expand_as(column)
         cosines = rows.pairs(column, teacher)
         if loss.distance_metric == "cosine":
@@ -332,9 +345,6 @@ def _gist_refusal(*_: Any) -> None:
 
 
 def _gist(loss: Any, rows: Rows) -> Tensor:
-    takes_more = type(loss) is losses.CachedGISTEmbedLoss  # negatives than one
-    if len(rows.columns) not in (2, 3) and not takes_more:
-        raise ValueError(f"Expected 2 or 3 embeddings, got {len(rows.columns)}")
     anchor, positive = rows.columns[:2]
     positives, *negatives = rows.gathered[1:]
     guides = _guide(loss, rows.features)
@@ -406,16 +416,16 @@ def _orthogonal(loss: Any, rows: Rows) -> Tensor:
 
 
 ADAPTERS = {
-    losses.MultipleNegativesRankingLoss: Adapter(_ranking, _ranking_refusal),
-    losses.MultipleNegativesSymmetricRankingLoss: Adapter(_ranking, _ranking_refusal),
-    losses.CoSENTLoss: Adapter(_cosent, _cosent_refusal),
-    losses.AnglELoss: Adapter(_angle, _angle_refusal),
-    losses.CosineSimilarityLoss: Adapter(_cosine, _cosine_refusal),
-    losses.MarginMSELoss: Adapter(_margin_mse, _dot_refusal),
-    losses.DistillKLDivLoss: Adapter(_distill_kl, _dot_refusal),
-    losses.MSELoss: Adapter(_distill, _distill_refusal),
-    losses.EmbedDistillLoss: Adapter(_distill, _distill_refusal),
-    losses.GISTEmbedLoss: Adapter(_gist, _gist_refusal),
-    losses.CachedGISTEmbedLoss: Adapter(_gist, _gist_refusal),
-    losses.GlobalOrthogonalRegularizationLoss: Adapter(_orthogonal, _orthogonal_refusal),
+    losses.MultipleNegativesRankingLoss: Adapter(_ranking, _ranking_refusal, 2),
+    losses.MultipleNegativesSymmetricRankingLoss: Adapter(_ranking, _ranking_refusal, 2),
+    losses.CoSENTLoss: Adapter(_cosent, _cosent_refusal, 2),
+    losses.AnglELoss: Adapter(_angle, _angle_refusal, 2),
+    losses.CosineSimilarityLoss: Adapter(_cosine, _cosine_refusal, 2),
+    losses.MarginMSELoss: Adapter(_margin_mse, _dot_refusal, 2),
+    losses.DistillKLDivLoss: Adapter(_distill_kl, _dot_refusal, 1),  # which says why it wants three
+    losses.MSELoss: Adapter(_distill, _distill_refusal, 1),
+    losses.EmbedDistillLoss: Adapter(_distill, _distill_refusal, 1),
+    losses.GISTEmbedLoss: Adapter(_gist, _gist_refusal, 2, 3),
+    losses.CachedGISTEmbedLoss: Adapter(_gist, _gist_refusal, 2),
+    losses.GlobalOrthogonalRegularizationLoss: Adapter(_orthogonal, _orthogonal_refusal, 1),
 }

@@ -3,7 +3,8 @@
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses.gradcache import uses_gradient_cache
@@ -14,10 +15,20 @@ from torch import Tensor, nn
 from ..architecture import final_norm as find_final_norm
 from . import fallback, pipeline
 from .cached import choose_caching, read_caching, uncached
-from .embed import Features, merged_alike, transforms_rows
+from .embed import Features, depends_on_padding, merged_alike, transforms_rows
 from .gather import Draw, Drawn, gathers, is_distributed
 from .matryoshka import MatryoshkaLoss, check_fusable, check_uncached, say_fallback
-from .recipe import LayerWeighting, check_below, choose_layers, margin_config, read_layers, read_margin, read_weighting
+from .recipe import (
+    LayerWeighting,
+    check_below,
+    choose_layers,
+    is_trained,
+    margin_config,
+    read_layer_weight,
+    read_layers,
+    read_margin,
+    read_weighting,
+)
 from .step import Cells, Step
 
 
@@ -119,9 +130,9 @@ class AdaptiveLayerLoss(nn.Module):
         self.final_norm = final_norm
         self.log_cells = log_cells
         self.deferred = deferred
-        # Learned from the encoder, each with how many modules that had.
-        self._seen_states: tuple[int | None, int] = (None, 0)
-        self._seen_norm: tuple[int, nn.Module | None] = (0, None)
+        # Learned from the encoder, each with what that was like.
+        self._seen_states: tuple[_Encoder | None, int] = (None, 0)
+        self._seen_norm: tuple[_Encoder | None, nn.Module | None] = (None, None)
         assert isinstance(self.model[0], Transformer)
         pipeline.check_layered(self.model[0])
         own = read_caching(mini_batch_size, mini_batch_num_tokens, show_progress_bar)
@@ -153,8 +164,10 @@ class AdaptiveLayerLoss(nn.Module):
 
         Raises:
             TypeError: no SentenceTransformer inside ``self.model``.
-            ValueError: fewer than two columns; layers that the model does not have; gradients are to be cached where
-                there is no fused path, or rankings to be taught, or a margin kept.
+            ValueError: too few columns for the base loss; layers that the model does not have; a trained weight of a
+                layer from a function; gradients are to be cached where there is no fused path, or rankings to be
+                taught, or a margin kept, or candidates gathered for columns of different lengths.
+            RuntimeError: the encoder returned another number of hidden states than in the step before.
         """
         features = list(sentence_features)
         model = self._unwrapped_model()
@@ -163,7 +176,13 @@ class AdaptiveLayerLoss(nn.Module):
             return self._fused(model, features, labels)
         check_uncached(self, self._caching, reason)
         margin = self._margin()
-        check_fusable(self, reason, kl_target=self._ranks_kl(), false_negative_margin=margin is not None)
+        check_fusable(
+            self,
+            reason,
+            kl_target=self._ranks_kl(),
+            false_negative_margin=margin is not None,
+            gather_across_devices=reason == pipeline.RAGGED and gathers(self._base_loss()),
+        )
         say_fallback(self, reason)
         return fallback.adaptive_layer_loss(
             model,
@@ -216,13 +235,23 @@ class AdaptiveLayerLoss(nn.Module):
         cuts_dims = type(self.loss) is MatryoshkaLoss
         if cuts_dims and pipeline.find_model(self.loss.model) is not model:
             return "MatryoshkaLoss has another model"
+        if cuts_dims and pipeline.is_hooked(self.loss):
+            return "MatryoshkaLoss has hooks or a replaced forward"
+        if isinstance(self.layer_weighting, nn.Module) and any(map(is_trained, self.layer_weighting.parameters())):
+            return "AdaptiveLayerLoss has a layer_weighting that is trained"
+        for wrapper in (self, self.loss) if cuts_dims else (self,):
+            reason = pipeline.why_not_settings(wrapper)
+            if reason is not None:
+                return reason
         return pipeline.why_not_fused(model, self._base_loss(), features, labels, cuts_dims)
 
     def _fused(self, model: Any, features: list[Features], labels: Any) -> Tensor | dict[str, Tensor]:
         loss = uncached(self._base_loss())
         selects = self._selects()
         # A walk through all modules, and only who draws before the model is called has to know.
-        num_modules = _num_modules(model) if selects or gathers(loss) else None
+        encoder = _Encoder.of(model) if selects or gathers(loss) else None
+        num_states = self._known_num_states(encoder)
+        self._seen_states = (None, 0)  # until this step has shown that it is still right
         step = Step(
             wrapper=self.model,
             model=model,
@@ -231,11 +260,11 @@ class AdaptiveLayerLoss(nn.Module):
             draw=self._draw,
             cells=self._cells,
             num_dims=len(self.loss.matryoshka_dims) if isinstance(self.loss, MatryoshkaLoss) else 1,
-            num_states=self._known_num_states(num_modules),
+            num_states=num_states,
             selects=selects,
             # Widths differ between processes, and these must call the model equally often: what wraps it
             # communicates in every call.
-            merge=list if is_distributed() else merged_alike,
+            merge=list if is_distributed() else partial(merged_alike, may_pad=not depends_on_padding(model)),
             norm=self._norm(model),
             deferred=self.deferred,
             caching=self._caching,
@@ -243,22 +272,23 @@ class AdaptiveLayerLoss(nn.Module):
             false_negative_margin=self._margin(),
         )
         result = step.run(features, labels)
-        self._seen_states = (num_modules, result.num_states)
+        self._seen_states = (encoder, result.num_states)
         return result.components("layer_{}_dim_{}", "layer_{}_kl") if self.log_cells else result.loss
 
     def _norm(self, model: Any) -> nn.Module | None:
         """What the earlier hidden states pass through before they are pooled."""
         if self.final_norm == "skip":
             return None
-        num_modules = _num_modules(model)
-        if self._seen_norm[0] != num_modules:
-            self._seen_norm = (num_modules, find_final_norm(model[0]))
+        encoder = _Encoder.of(model)
+        seen, norm = self._seen_norm
+        if seen != encoder or (norm is not None and all(module is not norm for module in model[0].modules())):
+            self._seen_norm = (encoder, find_final_norm(model[0]))
         return self._seen_norm[1]
 
-    def _known_num_states(self, num_modules: int | None) -> int | None:
-        """How many hidden states the encoder returned when it had as many modules."""
+    def _known_num_states(self, encoder: "_Encoder | None") -> int | None:
+        """How many hidden states the same encoder returned."""
         seen, num_states = self._seen_states
-        return num_states if num_modules is not None and seen == num_modules else None
+        return num_states if encoder is not None and seen == encoder else None
 
     def _selects(self) -> bool:
         """Whether to ask for the drawn states alone. Not where all layers are trained; nor of a compiled encoder,
@@ -281,7 +311,7 @@ class AdaptiveLayerLoss(nn.Module):
         draw = {final: Drawn(self._draw_dims(final), 1.0)}
         for layer in self._choose_layers(num_states):
             dims = self._draw_dims(layer)
-            draw[layer] = Drawn(dims, self.get_layer_weight(layer))
+            draw[layer] = Drawn(dims, read_layer_weight(self.get_layer_weight(layer)))
         return draw
 
     def _draw_dims(self, layer: int) -> Sequence[int]:
@@ -291,16 +321,17 @@ class AdaptiveLayerLoss(nn.Module):
 
     def _cells(self, draw: Draw, width: int) -> Cells:
         *earlier, final = sorted(draw)
-        factors = [draw[j].weight / len(earlier) * self.prior_layers_weight for j in earlier]
+        prior_weight, last_weight = float(self.prior_layers_weight), float(self.last_layer_weight)
+        factors = [draw[j].weight / len(earlier) * prior_weight for j in earlier]
         has_kl = self.kl_temperature > 0
-        kl_weight = self.kl_div_weight * self.kl_temperature if has_kl else 0.0
+        kl_weight = float(self.kl_div_weight) * float(self.kl_temperature) if has_kl else 0.0
         matryoshka = isinstance(self.loss, MatryoshkaLoss)
         rows = [self.loss.row(draw[j].dims) if matryoshka else [1.0] for j in (*earlier, final)]
         return Cells(
             dims=self.loss.grid_dims if matryoshka else [width],
-            weights=[[f * w for w in row] for f, row in zip((*factors, self.last_layer_weight), rows, strict=True)],
+            weights=[[f * w for w in row] for f, row in zip((*factors, last_weight), rows, strict=True)],
             kl_weights=[kl_weight] * len(earlier) + [kl_weight if self._ranks_kl() else 0.0],
-            kl_temperature=self.kl_temperature if has_kl else 1.0,
+            kl_temperature=float(self.kl_temperature) if has_kl else 1.0,
             drawn=[[weight != 0 for weight in row] for row in rows],
         )
 
@@ -337,6 +368,15 @@ class AdaptiveLayerLoss(nn.Module):
 """
 
 
-def _num_modules(model: Any) -> int:
-    """Of the encoder. It changes where layers are cut off or adapters are added."""
-    return sum(1 for _ in model[0].modules())
+class _Encoder(NamedTuple):
+    """What is compared to know an encoder again, as it was."""
+
+    module: nn.Module
+    num_modules: int  # changes where layers are cut off or adapters are added
+    num_hidden_layers: int | None  # of its configuration: how many of its layers some encoders run
+
+    @classmethod
+    def of(cls, model: Any) -> "_Encoder":
+        encoder = model[0].auto_model
+        num_modules = sum(1 for _ in encoder.modules())
+        return cls(encoder, num_modules, getattr(encoder.config, "num_hidden_layers", None))

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from torch import Tensor, nn
 
 from .. import functional
-from ..arguments import Tokens
+from ..arguments import Tokens, check_offsets
 from ..pooling import packed_coefficients, padded_coefficients
 from ..reference import accumulate_dtype
 
@@ -27,6 +27,10 @@ TAKES_LISTS_OF_STATES = Version(transformers.__version__) >= Version("5.23")
 # its tokens (benchmarks/merged_columns.py). On a GPU, where that is mostly launches, at most this share of tokens.
 MERGED_TOKENS = 50
 MERGED_SHARE = 0.1
+
+# Types of encoders whose states of a text depend on how far it is padded, whatever the attention mask says: they mix,
+# convolve or hash all positions, or lay blocks of them. Their columns share a call only where they are of one width.
+PADDING_SENSITIVE = frozenset({"big_bird", "bigbird_pegasus", "convbert", "fnet", "reformer", "yoso"})
 
 
 @contextmanager
@@ -49,10 +53,16 @@ def replaced_forwards(model: Any, forwards: dict[nn.Module, Callable[..., Featur
     with ExitStack() as stack:
         for module in model.children():
             if isinstance(module, WordWeights):
-                stack.enter_context(replaced_forward(module, partial(_note_token_weights, module)))
+                stack.enter_context(replaced_forward(module, _bound(_note_token_weights, module)))
             elif module in forwards:
                 stack.enter_context(replaced_forward(module, forwards[module]))
         yield
+
+
+@lru_cache(maxsize=64)
+def _bound(function: Callable[..., Features], *arguments: Any) -> Callable[..., Features]:
+    """``partial(function, *arguments)``, the same object every time: torch.compile would compile anew for another."""
+    return partial(function, *arguments)
 
 
 @contextmanager
@@ -94,7 +104,7 @@ def embed(
         coefficients of the model's ``Pooling``; and how many states the encoder has.
 
     Raises:
-        RuntimeError: the encoder did not return a state that it was asked for.
+        RuntimeError: the encoder did not return a state that it was asked for, or has too few.
     """
     outputs = _call(wrapper, model, batches, earlier, dict.fromkeys(list(model.children())[1:], _pass_on))
     states = [_states(output, earlier, norm) for output in outputs]
@@ -131,7 +141,7 @@ def embed_rows(
         tokens, num_states = embed(wrapper, model, batches, earlier, norm)
         return functional.pool_of_tokens(tokens, deferred=deferred), num_states
     pooling = pooling_of(model)
-    pool = partial(pool_all_layers, pooling, earlier, norm, deferred)
+    pool = _bound(pool_all_layers, pooling, None if earlier is None else tuple(earlier), norm, deferred)
     outputs = _call(wrapper, model, batches, earlier, {pooling: pool})
     num_states = _num_states(outputs[0])
     layers = num_states if earlier is None else len(earlier) + 1
@@ -141,14 +151,19 @@ def embed_rows(
 
 def transforms_rows(model: Any) -> bool:
     """Whether rows are more than one mode's pooling of hidden states, normalised or not."""
-    modules, pooling = list(model.children()), pooling_of(model)
-    after = modules[modules.index(pooling) + 1 :]
-    return not isinstance(pooling.pooling_mode, str) or any(not isinstance(module, Normalize) for module in after)
+    is_one_mode = isinstance(pooling_of(model).pooling_mode, str)
+    return not is_one_mode or any(not isinstance(module, Normalize) for module in after_pooling(model))
 
 
 def pooling_of(model: Any) -> Any:
     """The model's Pooling."""
     return next(module for module in model.children() if isinstance(module, Pooling))
+
+
+def after_pooling(model: Any) -> list[nn.Module]:
+    """The modules that follow the model's Pooling."""
+    modules = list(model.children())
+    return modules[modules.index(pooling_of(model)) + 1 :]
 
 
 def select_layers(rows: Tensor, layers: Sequence[int]) -> Tensor:
@@ -216,7 +231,10 @@ def _pass_on(features: Features, **_: Any) -> Features:
 
 def _states(output: Features, earlier: Sequence[int] | None, norm: nn.Module | None) -> list[Tensor]:
     final = output["token_embeddings"]
-    earlier = range(_num_states(output) - 1) if earlier is None else earlier
+    num_earlier = _num_states(output) - 1
+    earlier = range(num_earlier) if earlier is None else earlier
+    if any(layer >= num_earlier for layer in earlier):
+        raise RuntimeError(f"the encoder returned {num_earlier + 1} hidden states, too few for layers {list(earlier)}")
     states = [output["all_layer_embeddings"][layer] for layer in earlier]
     if any(state is None for state in states):
         raise RuntimeError("the encoder did not return the hidden states that its output_hidden_states asked for")
@@ -228,23 +246,30 @@ def merged_candidates(columns: Sequence[Features]) -> list[Features]:
     return [columns[0], *_merged(columns[1:])]
 
 
-def merged_alike(columns: Sequence[Features]) -> list[Features]:
-    """Columns that follow each other in one batch each where that adds little padding."""
+def depends_on_padding(model: Any) -> bool:
+    """Whether what the model makes of a text depends on the width of its batch."""
+    return getattr(model[0].auto_model.config, "model_type", None) in PADDING_SENSITIVE
+
+
+def merged_alike(columns: Sequence[Features], may_pad: bool = True) -> list[Features]:
+    """Columns that follow each other in one batch each where that adds little padding; none unless it ``may_pad``."""
     groups: list[list[Features]] = []
     for column in columns:
-        if groups and _is_alike([*groups[-1], column]):
+        if groups and _is_alike([*groups[-1], column], may_pad):
             groups[-1].append(column)
         else:
             groups.append([column])
     return list(itertools.chain.from_iterable(map(_merged, groups)))
 
 
-def _is_alike(columns: Sequence[Features]) -> bool:
+def _is_alike(columns: Sequence[Features], may_pad: bool) -> bool:
     ids = [column["input_ids"] for column in columns if "input_ids" in column]
     if len(ids) < len(columns):
         return False
     own = sum(each.numel() for each in ids)
     padding = max(each.shape[-1] for each in ids) * sum(len(each) for each in ids) - own
+    if padding > 0 and not may_pad:
+        return False
     return padding <= (MERGED_TOKENS if ids[0].device.type == "cpu" else MERGED_SHARE * own)
 
 
@@ -291,7 +316,8 @@ def _tokens(states: Sequence[Sequence[Tensor]], outputs: Sequence[Features], poo
     layer_major = [state.to(dtype) for layer in zip(*states, strict=True) for state in layer]
     if is_packed(outputs[0]):
         (output,) = outputs
-        offsets = output["cu_seq_lens_q"].long()
+        offsets = output["cu_seq_lens_q"].to(torch.int64, copy=True)
+        check_offsets(offsets, layer_major[0].shape[-2])
         table = packed_coefficients(
             offsets,
             layer_major[0].shape[-2],

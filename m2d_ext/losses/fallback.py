@@ -100,6 +100,11 @@ class EmbeddingRecorder:
         return embeddings
 
 
+def is_looping(model: Any) -> bool:
+    """Whether :func:`adaptive_layer_loss` is at work on the model."""
+    return isinstance(vars(model).get("forward"), EmbeddingRecorder)
+
+
 class CachedDims:
     """``calculate_loss`` of a gradient-caching loss, over all dims.
 
@@ -120,6 +125,10 @@ class CachedDims:
         for index in sample(len(self.dims), self.dims_per_step):
             loss = loss + self._one_dim(self.dims[index], self.weights[index], reps, *args, **kwargs)
         return loss
+
+    def is_of(self, loss: Any) -> bool:
+        """Whether ``loss`` computes nothing else than the method of its class over these dims."""
+        return getattr(self.calculate_loss, "__func__", None) is type(loss).calculate_loss
 
     def _one_dim(self, dim: int, weight: float, reps: list[list[Tensor]], *args: Any, **kwargs: Any) -> Tensor:
         cuts = [[shrink(rep, dim) for rep in column] for column in reps]

@@ -12,15 +12,17 @@ from torch import Tensor, nn
 from . import fallback, pipeline
 from .cached import Caching, choose_caching, read_caching, uncached
 from .embed import Features, merged_candidates, transforms_rows
-from .gather import Draw, Drawn
-from .recipe import check_base_loss, margin_config, read_margin
+from .gather import Draw, Drawn, gathers
+from .recipe import check_base_loss, margin_config, read_ints, read_margin
 from .step import Cells, Step
 
 logger = logging.getLogger("m2d_ext")
 
 
-def say_fallback(loss: nn.Module, reason: str) -> None:
-    """One log line per loss object."""
+def say_fallback(loss: Any, reason: str) -> None:
+    """One log line per loss object; none where another loss's loop, which said why, calls this one."""
+    if fallback.is_looping(pipeline.find_model(loss.model)):
+        return
     if getattr(loss, "_fallback_reason", None) != reason:
         object.__setattr__(loss, "_fallback_reason", reason)
         logger.warning("%s is falling back to the loop: %s.", type(loss).__name__, reason)
@@ -69,7 +71,7 @@ class MatryoshkaLoss(nn.Module):
         show_progress_bar: whether to show one over the mini-batches.
 
     Raises:
-        TypeError: a size of mini-batches is not an int; a margin is not a number.
+        TypeError: a dim or a size of mini-batches is not an int; a margin is not a number.
         ValueError: no dims, dims <= 0 or above the model's, or weights of another length; a margin for a base loss
             that ranks no candidates; a size of mini-batches that is not positive or given twice; a base loss that
             has layers or dims of its own.
@@ -106,7 +108,8 @@ class MatryoshkaLoss(nn.Module):
             raise ValueError("matryoshka_weights must be the same length as matryoshka_dims.")
         _check_width(model.get_embedding_dimension(), matryoshka_dims)
 
-        pairs = sorted(zip(matryoshka_dims, matryoshka_weights, strict=True), key=lambda pair: pair[0], reverse=True)
+        dims = read_ints("matryoshka_dims", matryoshka_dims)
+        pairs = sorted(zip(dims, matryoshka_weights, strict=True), key=lambda pair: pair[0], reverse=True)
         self.matryoshka_dims: tuple[int, ...] = tuple(dim for dim, _ in pairs)
         self.matryoshka_weights: tuple[float, ...] = tuple(weight for _, weight in pairs)
         self.n_dims_per_step = n_dims_per_step
@@ -131,7 +134,7 @@ class MatryoshkaLoss(nn.Module):
         """The weights of ``grid_dims`` for the drawn dims; repeated dims add up."""
         weights = dict.fromkeys(self.grid_dims, 0.0)
         for index in drawn:
-            weights[self.matryoshka_dims[index]] += self.matryoshka_weights[index]
+            weights[self.matryoshka_dims[index]] += float(self.matryoshka_weights[index])
         return list(weights.values())
 
     def forward(self, sentence_features: Iterable[Features], labels: Tensor) -> Tensor:
@@ -145,14 +148,22 @@ class MatryoshkaLoss(nn.Module):
             A scalar.
 
         Raises:
-            ValueError: fewer than two columns; gradients are to be cached where there is no fused path.
+            ValueError: too few columns for the base loss; gradients are to be cached where there is no fused path, or
+                a margin kept, or candidates gathered for columns of different lengths.
         """
         features = list(sentence_features)
         model = pipeline.find_model(self.model)
-        reason = pipeline.why_not_fused(model, self.loss, features, labels, cuts_dims=True)
+        reason = pipeline.why_not_settings(self) or pipeline.why_not_fused(
+            model, self.loss, features, labels, cuts_dims=True
+        )
         if reason is None:
             return self._fused(model, features, labels)
-        check_fusable(self, reason, false_negative_margin=self.false_negative_margin is not None)
+        check_fusable(
+            self,
+            reason,
+            false_negative_margin=self.false_negative_margin is not None,
+            gather_across_devices=reason == pipeline.RAGGED and gathers(self.loss),
+        )
         if self.uses_gradient_cache:
             say_fallback(self, reason)
             return self.loss(features, labels)

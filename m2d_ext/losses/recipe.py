@@ -1,8 +1,11 @@
 """Which layers and dims a step trains: drawn, as sentence-transformers does, or as the user lists them."""
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
+
+from torch import Tensor
 
 from . import adapters
 from .cached import uncached
@@ -21,7 +24,7 @@ def read_layers(layers: Sequence[int] | None, layers_per_step: int) -> list[int]
     """
     if layers is None:
         return None
-    _check_indices("layers", layers)
+    layers = _read_indices("layers", layers)
     if len(layers) == 0:
         raise ValueError("layers must hold at least one layer, got none")
     if len(set(layers)) < len(layers):
@@ -44,7 +47,7 @@ def read_pairs(
         return None
     if any(len(tuple(pair)) != 2 for pair in pairs):
         raise TypeError(f"pairs must be (layer, dim) tuples, got {list(pairs)}")
-    _check_indices("pairs", [index for pair in pairs for index in pair])
+    pairs = [(layer, dim) for layer, dim in (_read_indices("pairs", pair) for pair in pairs)]
     if len(pairs) == 0:
         raise ValueError("pairs must hold at least one (layer, dim), got none")
     if len(set(map(tuple, pairs))) < len(pairs):
@@ -73,6 +76,25 @@ def read_weighting(weighting: LayerWeighting) -> LayerWeighting:
     if isinstance(weighting, Sequence) and not isinstance(weighting, str):
         return [float(weight) for weight in weighting]
     raise ValueError(f'layer_weighting must be "uniform", "log", "linear", or a callable, but got {weighting!r}.')
+
+
+def is_trained(setting: Any) -> bool:
+    """Whether a setting wants a gradient, which only the reference loop gives: for the fused path they are numbers."""
+    return isinstance(setting, Tensor) and setting.requires_grad
+
+
+def read_layer_weight(weight: Any) -> float:
+    """What a function gave for a layer.
+
+    Raises:
+        ValueError: it wants a gradient. That is seen only once the layers are drawn: too late for the reference loop.
+    """
+    if is_trained(weight):
+        raise ValueError(
+            "layer_weighting must be a torch.nn.Module with the parameters of its weights where these are trained; "
+            "got a function that returned a tensor which requires a gradient"
+        )
+    return float(weight)
 
 
 def read_margin(margin: float | None, loss: Any) -> float | None:
@@ -132,11 +154,21 @@ def check_below(name: str, layers: Sequence[int], limit: int) -> None:
         raise ValueError(f"{name} must be of layers below {limit} for this model, got {list(layers)}")
 
 
-def _check_indices(name: str, indices: Sequence[int]) -> None:
-    if any(not isinstance(index, int) or isinstance(index, bool) for index in indices):
-        raise TypeError(f"{name} must be ints, got {list(indices)}")
+def read_ints(name: str, values: Sequence[int]) -> list[int]:
+    """Ints of any library. TypeError where one is none."""
+    if any(isinstance(value, bool) for value in values):
+        raise TypeError(f"{name} must be ints, got {list(values)}")
+    try:
+        return [operator.index(value) for value in values]
+    except TypeError:
+        raise TypeError(f"{name} must be ints, got {list(values)}") from None
+
+
+def _read_indices(name: str, values: Sequence[int]) -> list[int]:
+    indices = read_ints(name, values)
     if any(index < 0 for index in indices):
-        raise ValueError(f"{name} must not be negative: 0 is the embedding output, got {list(indices)}")
+        raise ValueError(f"{name} must not be negative: 0 is the embedding output, got {indices}")
+    return indices
 
 
 def _check_no_draw(name: str, option: str, count: int) -> None:

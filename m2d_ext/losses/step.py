@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from sentence_transformers.base.losses.gradcache import _get_batch_size
-from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from torch import Tensor, nn
 
 from .. import functional
@@ -71,7 +70,8 @@ class Step:
         """The loss of a batch of C feature dicts and its labels.
 
         Raises:
-            ValueError: fewer than two columns for an in-batch ranking loss; what the base loss says of labels.
+            ValueError: too few columns for the base loss, or too many; what the base loss says of labels.
+            RuntimeError: the encoder returned another number of hidden states than ``num_states``.
         """
         return _Plan(self, columns, labels).run()
 
@@ -117,8 +117,6 @@ class _Plan:
         self._labels = labels
         self._directions = [] if step.false_negative_margin is not None else adapters.info_nce_directions(step.loss)
         self._gathers = gathers(step.loss)
-        if isinstance(step.loss, MultipleNegativesRankingLoss) and len(columns) < 2 and not self._gathers:
-            raise ValueError(f"Expected at least 2 embeddings, got {len(columns)}")
         if step.ranks_kl and len(columns) < 2:
             raise ValueError(f"kl_target 'scores' needs at least 2 columns of texts, got {len(columns)}")
         self._batches: Batches | None = None
@@ -131,6 +129,7 @@ class _Plan:
                 self._earlier = sorted(self._draw)[:-1]
         elif self._gathers:
             self._agree()  # for the batches' sake: a bad one is to be known before the model is called
+        adapters.check_columns(step.loss, len(columns))  # where processes agree, all or none of them raise
 
     def _settle(self, num_states: int) -> None:
         """Draw, and agree on it with the other processes."""
@@ -145,7 +144,17 @@ class _Plan:
         self._draw, self._batches = agree(self._draw, *shape, size, self._step.model.device)
 
     def _layers(self, num_states: int) -> list[int]:
-        """Places of the drawn layers among the states that were asked for."""
+        """Places of the drawn layers among the states that were asked for.
+
+        Raises:
+            RuntimeError: the draw was out of another number of states than the encoder returned.
+        """
+        # An encoder that was asked for none of its earlier states does not say how many it has.
+        if self._draw and self._earlier != [] and num_states != self.num_states:
+            raise RuntimeError(
+                f"the encoder returned {num_states} hidden states, and {self.num_states} in the step before, out of "
+                "which the layers were drawn; the next step counts them anew"
+            )
         if self._earlier is not None:
             return list(range(len(self._earlier) + 1))
         if not self._draw:
@@ -296,7 +305,7 @@ class _Plan:
             "num_columns": len(self._columns),
             "hardness": hardness,
             "own_hardness": own_hardness,
-            "scale": step.loss.scale,
+            "scale": float(step.loss.scale),
             "normalize": step.normalize,
             "dims": cells.dims,
             "weights": cells.weights,
