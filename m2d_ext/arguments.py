@@ -6,7 +6,7 @@ import math
 import operator
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, SupportsIndex, TypeAlias
 
 import torch
 from torch import Tensor
@@ -273,9 +273,9 @@ def _check_columns(num_columns: int, num_texts: int) -> None:
 def _read_dims(dims: Sequence[int], width: int) -> tuple[int, ...]:
     if len(dims) == 0:
         raise ValueError("dims must hold at least one dimension, got none")
-    if any(not hasattr(d, "__index__") or isinstance(d, bool) for d in dims):
+    if any(not isinstance(d, SupportsIndex) or isinstance(d, bool) for d in dims):
         raise TypeError(f"dims must be ints, got {list(dims)}")
-    dims = tuple(map(operator.index, dims))  # numpy's are as good
+    dims = tuple(d if isinstance(d, int) else operator.index(d) for d in dims)  # numpy's are as good
     if dims[0] <= 0 or any(a >= b for a, b in itertools.pairwise(dims)):
         raise ValueError(f"dims must be positive, ascending and distinct, got {list(dims)}")
     if dims[-1] > width:
