@@ -111,7 +111,8 @@ PYBIND11_MODULE(_C, m) {
                     const std::optional<Tensor>&, size_t>(),
            py::arg("states"), py::arg("places"), py::arg("blocks"), py::arg("cu_seqlens"),
            py::arg("own_references"))
-      .def("start", &DeferredHooks::start)
+      // A hook that drops the last hold on a tensor may wait for Python, under the lock that this waits for.
+      .def("start", &DeferredHooks::start, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("added", &DeferredHooks::added)
       .def_property_readonly("added_in_place", &DeferredHooks::added_in_place)
       .def_property_readonly("fewest_references", &DeferredHooks::fewest_references);
