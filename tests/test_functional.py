@@ -665,11 +665,14 @@ def test_offsets_changed_after_the_forward() -> None:
 def test_a_loss_first_computed_in_inference_mode() -> None:
     """What is kept of its weights serves a training step too."""
     state = torch.randn(4, 3, 8, dtype=torch.float64)
-    grid = {"dims": [2, 8], "weights": [[0.123, 1.0]]}
+    grid: dict[str, Any] = {"dims": [2, 8], "weights": [[0.123, 1.0]]}  # of no other test
     with torch.inference_mode():
-        matryoshka_2d_loss([state], backend="reference", **grid)
+        before = matryoshka_2d_loss([state], backend="reference", **grid)
     loss = matryoshka_2d_loss([state.requires_grad_()], backend="reference", **grid)
-    torch.autograd.grad(loss, state)
+    assert torch.equal(loss, before)
+    truth = oracle.loss_of_pooled(state.mean(1)[None], num_columns=2, **grid)
+    (grad,), (expected,) = torch.autograd.grad(loss, state), torch.autograd.grad(truth, state)
+    assert oracle.relative_error(grad, expected) < 1e-12
 
 
 def test_numbers_of_other_kinds() -> None:

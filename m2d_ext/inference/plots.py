@@ -18,7 +18,10 @@ def check_suffix(name: str, path: str | Path) -> None:
         ImportError: no matplotlib.
         ValueError: it cannot.
     """
-    known = _pyplot().gcf().canvas.get_supported_filetypes()
+    pyplot = _pyplot()
+    figure = pyplot.figure()
+    known = figure.canvas.get_supported_filetypes()
+    pyplot.close(figure)
     if Path(path).suffix.lower().removeprefix(".") not in known:
         raise ValueError(f"{name} must end in .{', .'.join(sorted(known))}, got {path}")
 
