@@ -125,6 +125,8 @@ def _check_alike(layers: list[list[Tensor]], packed: bool) -> None:
     ndim, names = (2, "(total_tokens, D)") if packed else (3, "(N, T, D)")
     for i, layer in enumerate(layers):
         for state, shape in zip(layer, shapes, strict=True):
+            if i > 0 and state.shape == shape and state.dtype == dtype and state.device == device:
+                continue
             name, found = f"hidden_states[{i}]", state.shape
             if len(found) != ndim:
                 raise ValueError(f"{name} must have shape {names}, got {tuple(found)}")
@@ -273,7 +275,8 @@ def _check_columns(num_columns: int, num_texts: int) -> None:
 def _read_dims(dims: Sequence[int], width: int) -> tuple[int, ...]:
     if len(dims) == 0:
         raise ValueError("dims must hold at least one dimension, got none")
-    if any(not isinstance(d, SupportsIndex) or isinstance(d, bool) for d in dims):
+    # int first: asking a protocol takes longer than all else here.
+    if any(not isinstance(d, (int, SupportsIndex)) or isinstance(d, bool) for d in dims):
         raise TypeError(f"dims must be ints, got {list(dims)}")
     dims = tuple(d if isinstance(d, int) else operator.index(d) for d in dims)  # numpy's are as good
     if dims[0] <= 0 or any(a >= b for a, b in itertools.pairwise(dims)):
@@ -285,6 +288,8 @@ def _read_dims(dims: Sequence[int], width: int) -> tuple[int, ...]:
 
 def _read_number(name: str, value: Any) -> float:
     """Numpy's, or a tensor's, too; a gradient is formed for none."""
+    if type(value) is float:
+        return value
     if isinstance(value, Tensor) and value.requires_grad:
         raise ValueError(f"{name} must be a number, got a tensor that requires grad")
     try:

@@ -13,20 +13,37 @@ namespace m2d::cpu {
 template <class Scalar, class Acc>
 void pool(const PoolParams& params);
 
-// Rows [first, last) of the same, counted through all layers, on the calling thread.
-template <class Scalar, class Acc>
-void pool_rows(const PoolParams& params, int64_t first, int64_t last);
+// Texts [first, last) of a layer.
+struct RowRange {
+  int64_t layer, first, last;
+};
 
-// states = grad_output * a[n, t] * pooled_grad[layers[l], n, :], 0 where the coefficient is 0; past the caches if
-// `stream`, see memory.h.
+// The same of some texts, on the calling thread.
 template <class Scalar, class Acc>
-void pool_backward(const PoolParams& params, const Acc* pooled_grad, const int64_t* layers,
-                   Acc grad_output, bool stream);
+void pool_rows(const PoolParams& params, const RowRange& texts);
 
-// Rows [first, last) of the same, counted through all layers, on the calling thread.
+// states = grad_output * a[n, t] * pooled_grad[layers[l], n, :], 0 where the coefficient is 0.
+template <class Acc>
+struct ScatterParams {
+  PoolParams states;  // to be written; `pooled` is not used
+  const Acc* pooled_grad;
+  const int64_t* layers;
+  Acc grad_output;
+  bool stream;  // past the caches, see memory.h
+};
+
 template <class Scalar, class Acc>
-void scatter_rows(const PoolParams& params, const Acc* pooled_grad, const int64_t* layers,
-                  Acc grad_output, bool stream, int64_t first, int64_t last);
+void pool_backward(const ScatterParams<Acc>& params);
+
+// The same of some texts, on the calling thread.
+template <class Scalar, class Acc>
+void scatter_rows(const ScatterParams<Acc>& params, const RowRange& texts);
+
+// pool_rows of `read` and scatter_rows of `written`, past the caches, at the same time: one core alone reads and writes
+// no slower than it reads.
+template <class Scalar, class Acc>
+void pool_and_scatter_rows(const PoolParams& params, const RowRange& read,
+                           const ScatterParams<Acc>& scatter, const RowRange& written);
 
 // states = grads + grad_output * a[n, t] * pooled_grad[n, :] of one layer and block. `grads` lies as the states do.
 template <class Scalar, class Acc>
@@ -48,13 +65,16 @@ template <class Scalar, class Acc>
 void pool_max_backward(const PoolParams& params, const Acc* pooled_grad, const int32_t* indices,
                        const int64_t* layers);
 
-// What is done with rows [first, last) of a layer, on the calling thread.
-using OfRows = std::function<void(int64_t layer, int64_t first, int64_t last)>;
+// How the loss meets the hidden states, on the calling thread. Any may be nullptr.
+struct TokenSide {
+  std::function<void(const RowRange&)> read;   // pools rows that are not there yet
+  std::function<void(const RowRange&)> write;  // takes gradients that are finished
+  std::function<void(const RowRange& read, const RowRange& written)> read_and_write;  // if faster
+};
 
-// The loss, its cells and, where pooled_grad is given, its gradient. See math.h. Pooled rows that are not there yet
-// come of `read`; `write`, where there is one, is called when their gradients are finished.
+// The loss, its cells and, where pooled_grad is given, its gradient. See math.h.
 template <class T>
-void loss(const LossParams<T>& params, const OfRows& read, const OfRows& write);
+void loss(const LossParams<T>& params, const TokenSide& tokens);
 
 // The cosines, and what their gradient is to the rows; see cosines.cpp.
 template <class T>

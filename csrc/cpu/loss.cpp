@@ -439,31 +439,30 @@ template <class T, class Product>
 class Steps {
  public:
   Steps(const Embeddings<T>& embeddings, const RowGradient<T>& rows, const Cells<T, Product>& cells,
-        const OfRows& read, const OfRows& write)
-      : e_(embeddings),
-        p_(embeddings.params()),
-        rows_(rows),
-        cells_(cells),
-        read_(read),
-        write_(write) {}
+        const TokenSide& tokens)
+      : e_(embeddings), p_(embeddings.params()), rows_(rows), cells_(cells), tokens_(tokens) {}
 
   void run() const {
     Pipeline pipeline;
     for (int64_t i = 0; i < p_.num_layers; ++i)
       pipeline.layers.push_back((i + p_.num_layers - 1) % p_.num_layers);
     pipeline.num_steps = write_step() + 1;
-    if (read_) pipeline.num_reading_steps = kCenter;
+    if (tokens_.read) pipeline.num_reading_steps = kCenter;
     pipeline.num_writing_steps = 1;
     pipeline.num_leading_steps = kParts;
     pipeline.num_slots = cells_.num_slots();
     pipeline.num_tasks = [this](int64_t layer, int64_t step) { return num_tasks(layer, step); };
-    pipeline.run_task = [this](int64_t layer, int64_t step, int64_t slot, int64_t task) {
-      run_task(layer, step, slot, task);
-    };
+    pipeline.run_task = [this](const Task& task) { run_task(task); };
+    if (tokens_.read_and_write) {
+      pipeline.run_both = [this](const Task& reading, const Task& writing) {
+        run_both(reading, writing);
+      };
+    }
     pipeline.run();
   }
 
  private:
+  using Task = Pipeline::Task;
   enum Step : int64_t { kRead, kCenter, kTeacher, kParts };
   enum PartStep : int64_t { kRows, kAnchors, kCandidates, kPartSteps };
   static constexpr int64_t kTexts = 16;  // of a task
@@ -481,7 +480,7 @@ class Steps {
     if (step == kCenter) return has_cells(layer) ? 1 : 0;
     if (step == kTeacher) return rows_.has_kl() && layer == p_.num_layers - 1 ? texts : 0;
     if (step == outside_step()) return has_cells(layer) && !p_.gathered ? 0 : texts;
-    if (step == write_step()) return write_ ? texts : 0;
+    if (step == write_step()) return tokens_.write ? texts : 0;
     if (!has_cells(layer)) return 0;
     const PartStep part_step = static_cast<PartStep>((step - kParts) % kPartSteps);
     if (part_step == kRows) return cells_.num_row_tasks(part(layer, 0, step));
@@ -489,53 +488,69 @@ class Steps {
     return cells_.num_candidate_tasks();
   }
 
-  void run_task(int64_t layer, int64_t step, int64_t slot, int64_t task) const {
-    const Range texts(task, p_.num_texts, kTexts);
-    if (step == kRead) return read(layer, task);
+  void run_task(const Task& task) const {
+    const auto [layer, step, slot, index] = task;
+    if (step == kRead) return read(layer, index);
     if (step == kCenter) return e_.compute_center(layer);
+    const RowRange texts = texts_of(task);
     if (step == kTeacher) return rows_.compute_teacher(texts.first, texts.last);
-    if (step == outside_step()) return finish_outside(layer, texts);
-    if (step == write_step()) return write_(layer, texts.first, texts.last);
+    if (step == outside_step()) return finish_outside(texts);
+    if (step == write_step()) return tokens_.write(texts);
     const PartStep part_step = static_cast<PartStep>((step - kParts) % kPartSteps);
-    if (part_step == kRows) return cells_.rows(part(layer, slot, step), task);
-    if (part_step == kAnchors) return cells_.anchors(part(layer, slot, step), task);
-    cells_.candidates(part(layer, slot, step), task);
+    if (part_step == kRows) return cells_.rows(part(layer, slot, step), index);
+    if (part_step == kAnchors) return cells_.anchors(part(layer, slot, step), index);
+    cells_.candidates(part(layer, slot, step), index);
   }
 
-  void read(int64_t layer, int64_t task) const {
-    const int64_t of_gathered = task - Range::count(p_.num_texts, kTexts);
+  RowRange texts_of(const Task& task) const {
+    const Range texts(task.index, p_.num_texts, kTexts);
+    return {task.layer, texts.first, texts.last};
+  }
+
+  // Hidden states are read for losses without gathered rows alone: each reading task is one of texts.
+  void run_both(const Task& reading, const Task& writing) const {
+    const RowRange texts = texts_of(reading);
+    tokens_.read_and_write(texts, texts_of(writing));
+    compute_norms(texts);
+  }
+
+  void read(int64_t layer, int64_t index) const {
+    const int64_t of_gathered = index - Range::count(p_.num_texts, kTexts);
     if (of_gathered >= 0) {
       const Side<T> s = e_.gathered(layer);
       const Range range(of_gathered, s.count, kTexts);
       return e_.compute_norms(s.part(range.first, range.last));
     }
-    const Range range(task, p_.num_texts, kTexts);
-    if (read_) read_(layer, range.first, range.last);
-    e_.compute_norms(e_.texts(layer).part(range.first, range.last));
+    const RowRange texts = texts_of({layer, kRead, 0, index});
+    if (tokens_.read) tokens_.read(texts);
+    compute_norms(texts);
+  }
+
+  void compute_norms(const RowRange& texts) const {
+    e_.compute_norms(e_.texts(texts.layer).part(texts.first, texts.last));
   }
 
   // Rows that meet no other: all of a layer without cells, and own candidates where others were gathered.
-  void finish_outside(int64_t layer, const Range& texts) const {
+  void finish_outside(const RowRange& texts) const {
     const Buffer<double> scratch(rows_.scratch_size());
-    const int64_t inside = has_cells(layer) ? p_.num_anchors : 0;
+    const int64_t inside = has_cells(texts.layer) ? p_.num_anchors : 0;
     for (int64_t n = std::max(texts.first, inside); n < texts.last; ++n)
-      rows_.template finish<T>(e_.texts(layer), n, nullptr, scratch.get());
+      rows_.template finish<T>(e_.texts(texts.layer), n, nullptr, scratch.get());
   }
 
   const Embeddings<T>& e_;
   const LossParams<T>& p_;
   const RowGradient<T>& rows_;
   const Cells<T, Product>& cells_;
-  const OfRows& read_;
-  const OfRows& write_;
+  const TokenSide& tokens_;
 };
 
 template <class T, class Product>
-void run(const LossParams<T>& params, const OfRows& read, const OfRows& write) {
+void run(const LossParams<T>& params, const TokenSide& tokens) {
   const Embeddings<T> embeddings(params);
   const RowGradient<T> rows(embeddings);
   const Cells<T, Product> cells(embeddings, rows);
-  Steps<T, Product>(embeddings, rows, cells, read, write).run();
+  Steps<T, Product>(embeddings, rows, cells, tokens).run();
   reduce(params, cells, rows);
 }
 
@@ -545,14 +560,14 @@ void run(const LossParams<T>& params, const OfRows& read, const OfRows& write) {
 constexpr int64_t kFewDims = 8;
 
 template <>
-void loss(const LossParams<float>& params, const OfRows& read, const OfRows& write) {
-  params.dims[0] < kFewDims ? run<float, double>(params, read, write)
-                            : run<float, float>(params, read, write);
+void loss(const LossParams<float>& params, const TokenSide& tokens) {
+  params.dims[0] < kFewDims ? run<float, double>(params, tokens)
+                            : run<float, float>(params, tokens);
 }
 
 template <>
-void loss(const LossParams<double>& params, const OfRows& read, const OfRows& write) {
-  run<double, double>(params, read, write);
+void loss(const LossParams<double>& params, const TokenSide& tokens) {
+  run<double, double>(params, tokens);
 }
 
 }  // namespace m2d::cpu

@@ -1,13 +1,9 @@
 #include "memory.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
-#include "simd.h"
-
-#if defined(M2D_HAS_SSE2)
-#include <immintrin.h>
-#endif
 #if defined(__linux__)
 #include <sys/mman.h>
 #include <unistd.h>
@@ -26,36 +22,28 @@ bool are_multiples(const void* address, size_t size, size_t of) {
   return (reinterpret_cast<uintptr_t>(address) | size) % of == 0;
 }
 
-// Copies past the caches. A cache line per round: a processor joins the parts of a line before it writes it, and falls
-// behind where the loop around each part takes longer than memory does.
+// `bytes` is a multiple of kStreamPart.
 void copy_by_16(void* to, const void* from, size_t bytes) {
-  const __m128i* source = static_cast<const __m128i*>(from);
-  __m128i* target = static_cast<__m128i*>(to);
-  const size_t parts = bytes / sizeof(__m128i);
+  char* target = static_cast<char*>(to);
+  const char* source = static_cast<const char*>(from);
   size_t i = 0;
-  for (; i + 4 <= parts; i += 4) {
-    const __m128i x0 = _mm_loadu_si128(source + i), x1 = _mm_loadu_si128(source + i + 1);
-    const __m128i x2 = _mm_loadu_si128(source + i + 2), x3 = _mm_loadu_si128(source + i + 3);
-    _mm_stream_si128(target + i, x0);
-    _mm_stream_si128(target + i + 1, x1);
-    _mm_stream_si128(target + i + 2, x2);
-    _mm_stream_si128(target + i + 3, x3);
+  for (; i + kCacheLine <= bytes; i += kCacheLine) LineBy16::copy(target + i, source + i);
+  for (; i < bytes; i += kStreamPart) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(target + i),
+                     _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i)));
   }
-  for (; i < parts; ++i) _mm_stream_si128(target + i, _mm_loadu_si128(source + i));
 }
 
 #if defined(M2D_HAS_X86_LEVELS)
 __attribute__((target("avx2"))) void copy_by_32(void* to, const void* from, size_t bytes) {
-  const __m256i* source = static_cast<const __m256i*>(from);
-  __m256i* target = static_cast<__m256i*>(to);
-  const size_t parts = bytes / sizeof(__m256i);
+  char* target = static_cast<char*>(to);
+  const char* source = static_cast<const char*>(from);
   size_t i = 0;
-  for (; i + 2 <= parts; i += 2) {
-    const __m256i x0 = _mm256_loadu_si256(source + i), x1 = _mm256_loadu_si256(source + i + 1);
-    _mm256_stream_si256(target + i, x0);
-    _mm256_stream_si256(target + i + 1, x1);
+  for (; i + kCacheLine <= bytes; i += kCacheLine) LineBy32::copy(target + i, source + i);
+  if (i < bytes) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(target + i),
+                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + i)));
   }
-  for (; i < parts; ++i) _mm256_stream_si256(target + i, _mm256_loadu_si256(source + i));
 }
 #endif
 #endif
@@ -85,6 +73,14 @@ bool should_stream(const std::vector<at::Tensor>& tensors, size_t row_bytes) {
   return false;
 #endif
 }
+
+#if defined(M2D_HAS_SSE2)
+bool are_whole_lines(const std::vector<at::Tensor>& tensors, size_t row_bytes) {
+  return std::all_of(tensors.begin(), tensors.end(), [&](const at::Tensor& tensor) {
+    return are_multiples(tensor.data_ptr(), row_bytes, kCacheLine);
+  });
+}
+#endif
 
 void stream_copy(void* to, const void* from, size_t bytes) {
 #if defined(M2D_HAS_X86_LEVELS)

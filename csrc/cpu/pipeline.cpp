@@ -5,14 +5,18 @@
 #include <algorithm>
 #include <exception>
 #include <mutex>
-#include <optional>
 #include <thread>
 
 namespace m2d::cpu {
 namespace {
 
-struct Task {
-  int64_t place, step, slot, index;  // place: of the layer in the pipeline's order
+using Task = Pipeline::Task;
+
+// What a thread is to do next: one task, or a reading and a writing one at once.
+struct Work {
+  int64_t num_tasks = 0;
+  Task tasks[2];
+  int64_t places[2];  // of their layers in the pipeline's order
 };
 
 // Hands tasks to threads. All but the constructor may be called by several at once.
@@ -33,21 +37,22 @@ class Scheduler {
     for (;;) {
       std::unique_lock<std::mutex> lock(mutex_);
       if (unfinished_layers_ == 0 || failure_) return;
-      const std::optional<Task> task = next_task();
+      const Work work = next_work();
       lock.unlock();
-      if (!task) {
+      if (work.num_tasks == 0) {
         std::this_thread::yield();
         continue;
       }
       try {
-        p_.run_task(p_.layers[task->place], task->step, task->slot, task->index);
+        work.num_tasks == 2 ? p_.run_both(work.tasks[0], work.tasks[1])
+                            : p_.run_task(work.tasks[0]);
       } catch (...) {
         lock.lock();
         failure_ = std::current_exception();
         return;
       }
       lock.lock();
-      finish(*task);
+      for (int64_t i = 0; i < work.num_tasks; ++i) finish(work.places[i], work.tasks[i]);
     }
   }
 
@@ -75,7 +80,7 @@ class Scheduler {
   }
   int64_t first_writing_step() const { return p_.num_steps - p_.num_writing_steps; }
 
-  std::optional<Task> next_task() {
+  Work next_work() {
     int64_t first[kKinds] = {kNone, kNone, kNone};  // place of the first layer that has a task
     for (int64_t place = 0; place < static_cast<int64_t>(layers_.size()); ++place) {
       const Layer& layer = layers_[place];
@@ -83,20 +88,33 @@ class Scheduler {
       int64_t& of_kind = first[kind(layer.step)];
       if (of_kind == kNone && take_slot(place)) of_kind = place;
     }
-    const int64_t place = choose(first[kReads], first[kComputes], first[kWrites]);
-    if (place == kNone) return std::nullopt;
-    Layer& layer = layers_[place];
-    ++threads_[kind(layer.step)];
-    return Task{place, layer.step, layer.slot, layer.started++};
+    Work work;
+    choose(first[kReads], first[kComputes], first[kWrites], work);
+    return work;
   }
 
-  // One of the places, of which any may be kNone.
-  int64_t choose(int64_t reading, int64_t computing, int64_t writing) const {
+  // Of the places any may be kNone.
+  void choose(int64_t reading, int64_t computing, int64_t writing, Work& work) {
     const int half = std::max(1, num_threads_ / 2);
-    const bool may_compute = reading == kNone || threads_[kComputes] < half;
-    if (computing != kNone && may_compute) return computing;
-    const bool may_write = reading == kNone || threads_[kWrites] < half;
-    return writing != kNone && may_write ? writing : reading;
+    if (computing != kNone && (reading == kNone || threads_[kComputes] < half)) {
+      start(computing, work);
+    } else if (writing == kNone) {
+      if (reading != kNone) start(reading, work);
+    } else if (reading == kNone) {
+      start(writing, work);
+    } else if (p_.run_both) {
+      start(reading, work);
+      start(writing, work);
+    } else {
+      start(threads_[kWrites] < half ? writing : reading, work);
+    }
+  }
+
+  void start(int64_t place, Work& work) {
+    Layer& layer = layers_[place];
+    ++threads_[kind(layer.step)];
+    work.places[work.num_tasks] = place;
+    work.tasks[work.num_tasks++] = {p_.layers[place], layer.step, layer.slot, layer.started++};
   }
 
   // Whether the layer may go on: it has a slot where its step needs one.
@@ -111,10 +129,10 @@ class Scheduler {
     return true;
   }
 
-  void finish(const Task& task) {
+  void finish(int64_t place, const Task& task) {
     --threads_[kind(task.step)];
-    Layer& layer = layers_[task.place];
-    if (++layer.finished == layer.num_tasks) begin_step(task.place, task.step + 1);
+    Layer& layer = layers_[place];
+    if (++layer.finished == layer.num_tasks) begin_step(place, task.step + 1);
   }
 
   // Steps without tasks are passed over.

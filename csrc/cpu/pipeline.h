@@ -1,7 +1,8 @@
 // Layers on their way through the same steps, on all threads, without a barrier that all layers wait at.
 //
 // The first steps of a layer read, the later ones compute, and the last ones write: a core which does one leaves idle
-// what the others need. While there is something to read, one half of the threads at most computes, and one half writes.
+// what the others need. While there is something to read, one half of the threads at most computes, and whoever writes
+// reads at the same time, or one half of the threads writes where that cannot be.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +12,10 @@
 namespace m2d::cpu {
 
 struct Pipeline {
+  struct Task {
+    int64_t layer, step, slot, index;
+  };
+
   std::vector<int64_t> layers;  // in the order in which they start; the first one leads
   int64_t num_steps = 0;
   int64_t num_reading_steps = 0;  // those that wait for memory, from the first on
@@ -22,7 +27,9 @@ struct Pipeline {
 
   // Tasks of a step, which may run in any order and at the same time. They all end before the layer's next step begins.
   std::function<int64_t(int64_t layer, int64_t step)> num_tasks;
-  std::function<void(int64_t layer, int64_t step, int64_t slot, int64_t task)> run_task;
+  std::function<void(const Task& task)> run_task;
+  // A reading and a writing task at the same time, where that is faster than one after the other; else nullptr.
+  std::function<void(const Task& reading, const Task& writing)> run_both;
 
   // Returns when all is done. Throws what a task threw.
   void run() const;

@@ -6,11 +6,14 @@
 #include <c10/util/Half.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstring>
 #include <utility>
 #include <vector>
 
+#include "../math.h"
+#include "buffer.h"
 #include "kernels.h"
 #include "memory.h"
 #include "simd.h"
@@ -31,6 +34,67 @@ M2D_MULTIVERSION void add_four_rows(const From* __restrict from0, const From* __
     to3[d] = static_cast<To>(static_cast<Acc>(to3[d]) + a3 * static_cast<Acc>(from3[d]));
   }
 }
+
+#if defined(M2D_HAS_SSE2)
+
+// One row is added to another, and at the same time a third one is copied past the caches.
+template <class Scalar, class Acc>
+struct AddAndStream {
+  const Scalar* from;
+  Acc a;
+  Acc* to;
+  const Scalar* stream_from;
+  Scalar* stream_to;
+};
+
+template <class Scalar, class Acc>
+using FourAddAndStream = std::array<AddAndStream<Scalar, Acc>, 4>;
+
+// Line by line: a core that waits for what it reads has room for what it writes. Rows are whole cache lines.
+template <class Line, class Scalar, class Acc>
+M2D_INLINE void add_and_stream_by(const FourAddAndStream<Scalar, Acc>& four, int64_t dim) {
+  constexpr int64_t kLine = kCacheLine / sizeof(Scalar);
+  const FourAddAndStream<Scalar, Acc> rows = four;
+  for (int64_t d = 0; d < dim; d += kLine) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+#pragma omp simd
+      for (int64_t j = d; j < d + kLine; ++j)
+        rows[i].to[j] += rows[i].a * static_cast<Acc>(rows[i].from[j]);
+      Line::copy(rows[i].stream_to + d, rows[i].stream_from + d);
+    }
+  }
+}
+
+#if defined(M2D_HAS_X86_LEVELS)
+template <class Scalar, class Acc>
+__attribute__((target("arch=x86-64-v4"))) void add_and_stream_v4(
+    const FourAddAndStream<Scalar, Acc>& four, int64_t dim) {
+  add_and_stream_by<LineBy32>(four, dim);
+}
+
+template <class Scalar, class Acc>
+__attribute__((target("arch=x86-64-v3"))) void add_and_stream_v3(
+    const FourAddAndStream<Scalar, Acc>& four, int64_t dim) {
+  add_and_stream_by<LineBy32>(four, dim);
+}
+#endif
+
+template <class Scalar, class Acc>
+void add_and_stream_baseline(const FourAddAndStream<Scalar, Acc>& four, int64_t dim) {
+  add_and_stream_by<LineBy16>(four, dim);
+}
+
+template <class Scalar, class Acc>
+auto best_add_and_stream() {
+#if defined(M2D_HAS_X86_LEVELS)
+  if (__builtin_cpu_supports("x86-64-v4")) return &add_and_stream_v4<Scalar, Acc>;
+  if (__builtin_cpu_supports("x86-64-v3")) return &add_and_stream_v3<Scalar, Acc>;
+#endif
+  return &add_and_stream_baseline<Scalar, Acc>;
+}
+
+#endif
 
 template <class From, class To, class Acc>
 M2D_MULTIVERSION void add_row(const From* __restrict from, Acc a, int64_t dim, To* __restrict to) {
@@ -113,11 +177,20 @@ struct AddStream : TokenStream<Scalar, Acc> {
   }
 };
 
-// Adds the rows of the texts that `begin(i)` starts for i of [first, last), their coefficients times `factor`. A
-// processor's prefetchers follow several streams of consecutive tokens better than one: four texts are on their way at a
-// time, each in the order of its tokens.
-template <class Acc, class Begin>
-void add_texts(int64_t first, int64_t last, int64_t dim, Acc factor, const Begin& begin) {
+// Four texts are on their way at a time, each in the order of its tokens: a processor's prefetchers follow several
+// streams of consecutive tokens better than one.
+template <class Stream, class Acc>
+void add_four_tokens(const Stream* s, Acc factor, int64_t dim) {
+  const auto a = [&](int i) { return factor * s[i].coefficient(); };
+  add_four_rows(s[0].from(), s[1].from(), s[2].from(), s[3].from(), a(0), a(1), a(2), a(3), dim,
+                s[0].to(), s[1].to(), s[2].to(), s[3].to());
+}
+
+// Adds the rows of the texts that `begin(i)` starts for i of [first, last), their coefficients times `factor`; the next
+// tokens of four texts by `add_four(streams)`.
+template <class Acc, class Begin, class AddFour>
+void add_texts(int64_t first, int64_t last, int64_t dim, Acc factor, const Begin& begin,
+               const AddFour& add_four) {
   constexpr int kStreams = 4;
   decltype(begin(0)) s[kStreams];
   int running = 0;
@@ -127,12 +200,11 @@ void add_texts(int64_t first, int64_t last, int64_t dim, Acc factor, const Begin
       if (s[running].seek()) ++running;
     }
     if (running == 0) return;
-    const auto a = [&](int i) { return factor * s[i].coefficient(); };
     if (running == kStreams) {
-      add_four_rows(s[0].from(), s[1].from(), s[2].from(), s[3].from(), a(0), a(1), a(2), a(3), dim,
-                    s[0].to(), s[1].to(), s[2].to(), s[3].to());
+      add_four(s);
     } else {
-      for (int i = 0; i < running; ++i) add_row(s[i].from(), a(i), dim, s[i].to());
+      for (int i = 0; i < running; ++i)
+        add_row(s[i].from(), factor * s[i].coefficient(), dim, s[i].to());
     }
     for (int i = running - 1; i >= 0; --i) {
       if (!s[i].advance() && i < --running) s[i] = std::move(s[running]);
@@ -144,27 +216,6 @@ template <class Scalar, class Acc>
 M2D_MULTIVERSION void scale_row(const Acc* __restrict x, Acc factor, int64_t dim,
                                 Scalar* __restrict out) {
   for (int64_t d = 0; d < dim; ++d) out[d] = static_cast<Scalar>(factor * x[d]);
-}
-
-// The gradient of one text. Most poolings give all its tokens the same row, formed once in `rows`, which holds
-// two: that row and zeros.
-template <class Scalar, class Acc>
-void scatter_text(const Acc* pooled_grad, Acc grad_output, const Acc* coefficients,
-                  int64_t num_tokens, int64_t dim, Scalar* rows, bool stream, Scalar* tokens) {
-  Acc formed = Acc(0);
-  for (int64_t t = 0; t < num_tokens; ++t) {
-    const Acc a = coefficients[t];
-    if (a != Acc(0) && a != formed) {
-      scale_row(pooled_grad, grad_output * a, dim, rows);
-      formed = a;
-    }
-    const Scalar* row = a == Acc(0) ? rows + dim : rows;
-    if (stream) {
-      stream_copy(tokens + t * dim, row, dim * sizeof(Scalar));
-    } else {
-      std::memcpy(static_cast<void*>(tokens + t * dim), row, dim * sizeof(Scalar));
-    }
-  }
 }
 
 template <class Scalar, class Acc>
@@ -247,19 +298,111 @@ TokenStream<Token, Acc> token_stream(const PoolParams& p, int64_t i) {
           static_cast<const Acc*>(block.coefficients) + span.first, span.count};
 }
 
-// Calls body(first, last) for ranges of all layers' texts, in parallel. A thread takes a range when it is done with the
-// one before: how fast each of them gets at memory is not known beforehand.
+// The gradients of texts, one token after the other. Most poolings give all tokens of a text the same row, which is
+// formed once.
+template <class Scalar, class Acc>
+class GradientRows {
+ public:
+  static constexpr int kValid = 4;  // rows of which the last one handed out is one stay as they are
+
+  struct Row {
+    const Scalar* from;
+    Scalar* to;
+  };
+
+  GradientRows(const ScatterParams<Acc>& params, const RowRange& texts)
+      : s_(params),
+        layer_(texts.layer),
+        next_text_(texts.first),
+        last_text_(texts.last),
+        rows_((kValid + 1) * dim()) {
+    begin_texts();
+  }
+
+  bool has_next() const { return token_ < span_.count; }
+
+  Row next() {
+    const Row row = {form(coefficients_[token_]), tokens_ + token_ * dim()};
+    ++token_;
+    begin_texts();
+    return row;
+  }
+
+ private:
+  int64_t dim() const { return s_.states.dim; }
+  Scalar* zeros() { return rows_.data() + kValid * dim(); }
+
+  // Goes on to the next text that has tokens, where none are left of this one.
+  void begin_texts() {
+    while (!has_next() && next_text_ < last_text_) begin(next_text_++);
+  }
+
+  void begin(int64_t text) {
+    const PoolParams& p = s_.states;
+    const Place at = place(p, layer_ * p.num_texts + text);
+    const TokenBlock& block = p.blocks[at.block];
+    const StateView& state = p.states[layer_ * p.num_blocks + at.block];
+    span_ = token_span(block, at.text);
+    token_ = 0;
+    coefficients_ = static_cast<const Acc*>(block.coefficients) + span_.first;
+    tokens_ = static_cast<Scalar*>(state.data) + state_offset(block, state, at.text);
+    pooled_grad_ = s_.pooled_grad + (s_.layers[layer_] * p.num_texts + text) * p.dim;
+    formed_ = Acc(0);
+  }
+
+  const Scalar* form(Acc a) {
+    if (a == Acc(0)) return zeros();
+    if (a != formed_) {
+      place_ = (place_ + 1) % kValid;
+      scale_row(pooled_grad_, s_.grad_output * a, dim(), rows_.data() + place_ * dim());
+      formed_ = a;
+    }
+    return rows_.data() + place_ * dim();
+  }
+
+  const ScatterParams<Acc>& s_;
+  const int64_t layer_;
+  int64_t next_text_;
+  const int64_t last_text_;
+  // The text at hand.
+  TokenSpan span_ = {0, 0};
+  int64_t token_ = 0;
+  const Acc* coefficients_ = nullptr;
+  Scalar* tokens_ = nullptr;
+  const Acc* pooled_grad_ = nullptr;
+  Acc formed_ = Acc(0);  // coefficient of the row at place_, 0 where there is none
+  int place_ = 0;
+  std::vector<Scalar> rows_;  // kValid formed ones, and zeros
+};
+
+template <class Scalar, class Acc>
+void write_rows(GradientRows<Scalar, Acc>& rows, size_t row_bytes, bool stream) {
+  while (rows.has_next()) {
+    const auto row = rows.next();
+    if (stream) {
+      stream_copy(row.to, row.from, row_bytes);
+    } else {
+      std::memcpy(static_cast<void*>(row.to), row.from, row_bytes);
+    }
+  }
+  if (stream) end_streams();
+}
+
+// Calls body(texts) for ranges of each layer's texts, in parallel. A thread takes a range when it is done with the one
+// before: how fast each of them gets at memory is not known beforehand.
 template <class Body>
 void for_text_ranges(const PoolParams& p, const Body& body) {
   constexpr int64_t kTexts = 16;
-  const int64_t count = p.num_layers * p.num_texts;
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), (count + kTexts - 1) / kTexts);
+  const int64_t of_layer = ceil_div(p.num_texts, kTexts);
+  const int64_t count = p.num_layers * of_layer;
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), count);
   std::atomic<int64_t> next{0};
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     for (;;) {
-      const int64_t first = next.fetch_add(kTexts, std::memory_order_relaxed);
-      if (first >= count) return;
-      body(first, std::min(count, first + kTexts));
+      const int64_t i = next.fetch_add(1, std::memory_order_relaxed);
+      if (i >= count) return;
+      const int64_t first = i % of_layer * kTexts;
+      body(RowRange{i / of_layer, first, std::min(p.num_texts, first + kTexts)});
     }
   });
 }
@@ -267,9 +410,9 @@ void for_text_ranges(const PoolParams& p, const Body& body) {
 // Calls visit(layer, block, text of the block) for every text of every layer, in parallel.
 template <class Visit>
 void for_each_text(const PoolParams& p, const Visit& visit) {
-  for_text_ranges(p, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      const Place at = place(p, i);
+  for_text_ranges(p, [&](const RowRange& texts) {
+    for (int64_t n = texts.first; n < texts.last; ++n) {
+      const Place at = place(p, texts.layer * p.num_texts + n);
       visit(at.layer, at.block, at.text);
     }
   });
@@ -277,43 +420,71 @@ void for_each_text(const PoolParams& p, const Visit& visit) {
 
 }  // namespace
 
+namespace {
+
+// Pools texts, the next tokens of four of them by `add_four(streams)`.
+template <class Scalar, class Acc, class AddFour>
+void pool_texts(const PoolParams& p, const RowRange& texts, const AddFour& add_four) {
+  const int64_t first = texts.layer * p.num_texts;
+  add_texts(
+      first + texts.first, first + texts.last, p.dim, Acc(1),
+      [&p](int64_t i) {
+        Acc* pooled = static_cast<Acc*>(p.pooled) + i * p.dim;
+        std::fill_n(pooled, p.dim, Acc(0));
+        return SumStream<Scalar, Acc>{token_stream<const Scalar, Acc>(p, i), pooled, p.dim};
+      },
+      add_four);
+}
+
+}  // namespace
+
 template <class Scalar, class Acc>
-void pool_rows(const PoolParams& p, int64_t first, int64_t last) {
-  add_texts(first, last, p.dim, Acc(1), [&p](int64_t i) {
-    Acc* pooled = static_cast<Acc*>(p.pooled) + i * p.dim;
-    std::fill_n(pooled, p.dim, Acc(0));
-    return SumStream<Scalar, Acc>{token_stream<const Scalar, Acc>(p, i), pooled, p.dim};
+void pool_rows(const PoolParams& p, const RowRange& texts) {
+  pool_texts<Scalar, Acc>(p, texts, [&p](const SumStream<Scalar, Acc>* streams) {
+    add_four_tokens(streams, Acc(1), p.dim);
   });
 }
 
 template <class Scalar, class Acc>
 void pool(const PoolParams& p) {
-  for_text_ranges(p, [&p](int64_t first, int64_t last) { pool_rows<Scalar, Acc>(p, first, last); });
+  for_text_ranges(p, [&p](const RowRange& texts) { pool_rows<Scalar, Acc>(p, texts); });
 }
 
 template <class Scalar, class Acc>
-void scatter_rows(const PoolParams& p, const Acc* pooled_grad, const int64_t* layers,
-                  Acc grad_output, bool stream, int64_t first, int64_t last) {
-  std::vector<Scalar> rows(2 * p.dim);
-  for (int64_t i = first; i < last; ++i) {
-    const Place at = place(p, i);
-    const TokenBlock& block = p.blocks[at.block];
-    const StateView& state = p.states[at.layer * p.num_blocks + at.block];
-    const TokenSpan span = token_span(block, at.text);
-    scatter_text(pooled_grad + (layers[at.layer] * p.num_texts + i % p.num_texts) * p.dim,
-                 grad_output, static_cast<const Acc*>(block.coefficients) + span.first, span.count,
-                 p.dim, rows.data(), stream,
-                 static_cast<Scalar*>(state.data) + state_offset(block, state, at.text));
-  }
-  if (stream) end_streams();
+void scatter_rows(const ScatterParams<Acc>& p, const RowRange& texts) {
+  GradientRows<Scalar, Acc> rows(p, texts);
+  write_rows(rows, p.states.dim * sizeof(Scalar), p.stream);
 }
 
 template <class Scalar, class Acc>
-void pool_backward(const PoolParams& p, const Acc* pooled_grad, const int64_t* layers,
-                   Acc grad_output, bool stream) {
-  for_text_ranges(p, [&](int64_t first, int64_t last) {
-    scatter_rows<Scalar>(p, pooled_grad, layers, grad_output, stream, first, last);
+void pool_backward(const ScatterParams<Acc>& p) {
+  for_text_ranges(p.states, [&p](const RowRange& texts) { scatter_rows<Scalar, Acc>(p, texts); });
+}
+
+template <class Scalar, class Acc>
+void pool_and_scatter_rows(const PoolParams& p, const RowRange& read,
+                           const ScatterParams<Acc>& scatter, const RowRange& written) {
+#if defined(M2D_HAS_SSE2)
+  static const auto add_and_stream = best_add_and_stream<Scalar, Acc>();
+  GradientRows<Scalar, Acc> rows(scatter, written);
+  const size_t row_bytes = p.dim * sizeof(Scalar);
+  pool_texts<Scalar, Acc>(p, read, [&](const SumStream<Scalar, Acc>* streams) {
+    FourAddAndStream<Scalar, Acc> four;
+    int found = 0;
+    for (; found < 4 && rows.has_next(); ++found) {
+      const auto row = rows.next();
+      four[found] = {streams[found].from(), streams[found].coefficient(), streams[found].to(),
+                     row.from, row.to};
+    }
+    if (found == 4) return add_and_stream(four, p.dim);
+    for (int i = 0; i < found; ++i) stream_copy(four[i].stream_to, four[i].stream_from, row_bytes);
+    add_four_tokens(streams, Acc(1), p.dim);
   });
+  write_rows(rows, row_bytes, true);
+#else
+  pool_rows<Scalar, Acc>(p, read);
+  scatter_rows<Scalar, Acc>(scatter, written);
+#endif
 }
 
 template <class Scalar, class Acc>
@@ -333,10 +504,15 @@ void pool_backward_add(const PoolParams& p, const Acc* pooled_grad, Acc grad_out
 
 template <class Scalar, class Acc>
 void pool_backward_accumulate(const PoolParams& p, const Acc* pooled_grad, Acc grad_output) {
-  for_text_ranges(p, [&](int64_t first, int64_t last) {
-    add_texts(first, last, p.dim, grad_output, [&](int64_t i) {
-      return AddStream<Scalar, Acc>{token_stream<Scalar, Acc>(p, i), pooled_grad + i * p.dim};
-    });
+  for_text_ranges(p, [&](const RowRange& texts) {
+    add_texts(
+        texts.first, texts.last, p.dim, grad_output,
+        [&](int64_t i) {
+          return AddStream<Scalar, Acc>{token_stream<Scalar, Acc>(p, i), pooled_grad + i * p.dim};
+        },
+        [&](const AddStream<Scalar, Acc>* streams) {
+          add_four_tokens(streams, grad_output, p.dim);
+        });
   });
 }
 
@@ -367,12 +543,12 @@ void pool_max_backward(const PoolParams& p, const Acc* pooled_grad, const int32_
 }
 
 #define M2D_INSTANTIATE(Scalar, Acc)                                                              \
-  template void pool_rows<Scalar, Acc>(const PoolParams&, int64_t, int64_t);                      \
+  template void pool_rows<Scalar, Acc>(const PoolParams&, const RowRange&);                       \
   template void pool<Scalar, Acc>(const PoolParams&);                                             \
-  template void pool_backward<Scalar, Acc>(const PoolParams&, const Acc*, const int64_t*, Acc,    \
-                                           bool);                                                 \
-  template void scatter_rows<Scalar, Acc>(const PoolParams&, const Acc*, const int64_t*, Acc,     \
-                                          bool, int64_t, int64_t);                                \
+  template void pool_backward<Scalar, Acc>(const ScatterParams<Acc>&);                            \
+  template void scatter_rows<Scalar, Acc>(const ScatterParams<Acc>&, const RowRange&);            \
+  template void pool_and_scatter_rows<Scalar, Acc>(const PoolParams&, const RowRange&,            \
+                                                   const ScatterParams<Acc>&, const RowRange&);   \
   template void pool_backward_add<Scalar, Acc>(const PoolParams&, const Acc*, Acc, const Scalar*, \
                                                bool);                                             \
   template void pool_backward_accumulate<Scalar, Acc>(const PoolParams&, const Acc*, Acc);        \

@@ -68,8 +68,8 @@ std::vector<Tensor> pool_backward_op(const Tensor& pooled_grad,
       should_stream(problem.grads, problem.pool.params.dim * c10::elementSize(dtype));
   dispatch_states(dtype, [&](auto scalar, auto acc) {
     using Acc = decltype(acc);
-    pool_backward<decltype(scalar), Acc>(problem.pool.params, rows.const_data_ptr<Acc>(),
-                                         layers.data(), static_cast<Acc>(factor), stream);
+    pool_backward<decltype(scalar), Acc>({problem.pool.params, rows.const_data_ptr<Acc>(),
+                                          layers.data(), static_cast<Acc>(factor), stream});
   });
   return std::move(problem.grads);
 }
@@ -147,7 +147,7 @@ LossOutputs run_loss(const Tensor& pooled, const std::optional<Tensor>& candidat
   use_one_thread_after_fork();
   AT_DISPATCH_FLOATING_TYPES(pooled.scalar_type(), "m2d_ext", [&] {
     auto problem = read_loss<scalar_t>(pooled, candidates, target_offset, options);
-    loss<scalar_t>(problem.params, {}, {});
+    loss<scalar_t>(problem.params, {});
     outputs = std::move(problem.outputs);
   });
   return outputs;
@@ -169,25 +169,37 @@ TokenLossOutputs run_token_loss(at::TensorList hidden_states, at::TensorList coe
     using Acc = decltype(acc);
     auto problem = read_loss<Acc>(pooled, std::nullopt, 0, options);
     const PoolParams& p = tokens.params;
-    const OfRows read = [&p](int64_t layer, int64_t first, int64_t last) {
-      pool_rows<Scalar, Acc>(p, layer * p.num_texts + first, layer * p.num_texts + last);
-    };
-    if (layers.empty()) {
-      loss<Acc>(problem.params, read, {});
-    } else {
+    TokenSide side;
+    side.read = [&p](const RowRange& texts) { pool_rows<Scalar, Acc>(p, texts); };
+    GradProblem grads;
+    ScatterParams<Acc> scatter;
+    if (!layers.empty()) {
       const Tensor& rows = problem.outputs.pooled_grad;
-      GradProblem grads =
+      grads =
           allocate_grads(rows, layers, coefficients, cu_seqlens, hidden_states[0].scalar_type());
-      const bool stream = should_stream(grads.grads, p.dim * sizeof(Scalar));
-      loss<Acc>(problem.params, read, [&](int64_t layer, int64_t first, int64_t last) {
-        const auto found = std::find(layers.begin(), layers.end(), layer);
-        if (found == layers.end()) return;
-        const int64_t row = (found - layers.begin()) * p.num_texts;
-        scatter_rows<Scalar, Acc>(grads.pool.params, rows.const_data_ptr<Acc>(), layers.data(),
-                                  static_cast<Acc>(grad_output), stream, row + first, row + last);
-      });
-      outputs.grads = std::move(grads.grads);
+      const size_t row_bytes = p.dim * sizeof(Scalar);
+      scatter = {grads.pool.params, rows.const_data_ptr<Acc>(), layers.data(),
+                 static_cast<Acc>(grad_output), should_stream(grads.grads, row_bytes)};
+      // Texts of a layer as those of its gradients; -1 where none are wanted.
+      const auto place = [layers](const RowRange& texts) {
+        const auto found = std::find(layers.begin(), layers.end(), texts.layer);
+        const int64_t layer = found == layers.end() ? -1 : found - layers.begin();
+        return RowRange{layer, texts.first, texts.last};
+      };
+      side.write = [&scatter, place](const RowRange& texts) {
+        const RowRange to = place(texts);
+        if (to.layer >= 0) scatter_rows<Scalar, Acc>(scatter, to);
+      };
+      if (scatter.stream && are_whole_lines(grads.grads, row_bytes)) {
+        side.read_and_write = [&p, &scatter, place](const RowRange& read, const RowRange& written) {
+          const RowRange to = place(written);
+          if (to.layer < 0) return pool_rows<Scalar, Acc>(p, read);
+          pool_and_scatter_rows<Scalar, Acc>(p, read, scatter, to);
+        };
+      }
     }
+    loss<Acc>(problem.params, side);
+    outputs.grads = std::move(grads.grads);
     outputs.loss = std::move(problem.outputs);
   });
   return outputs;
