@@ -13,8 +13,7 @@ is as warm as in training, and all that was written earlier, such as the loss's 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,18 +24,17 @@ READ_BY_A_LAYER = 8
 
 
 class Untimed:
-    """Adds up the time of what a step has to do but is not measured by."""
+    """Adds up the time of what a step has to do but is not measured by: ``with untimed:``."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
+        self._start = 0.0
 
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._seconds += time.perf_counter() - start
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._seconds += time.perf_counter() - self._start
 
     def take(self) -> float:
         """Seconds since this was last asked."""
@@ -60,14 +58,20 @@ class Layer:
 
     def incoming_gradient(self) -> Tensor:
         """What comes down from a layer, as warm as it then is."""
-        with self.untimed():
-            self._activations.sum()
-            # Not a copy, which could bypass the cache.
-            return self._source * 1.0
+        with self.untimed:
+            return self._make_gradient()
 
-    def arrive(self, grad: Tensor) -> None:
-        if self.arrived is not None:
-            self.arrived.append(grad)
+    def backward(self, grad: Tensor, is_first: bool) -> Tensor:
+        """What a node does with its gradient and hands down, none of it timed."""
+        with self.untimed:
+            if self.arrived is not None:
+                self.arrived.append(grad)
+            return grad.new_zeros(()) if is_first else self._make_gradient()
+
+    def _make_gradient(self) -> Tensor:
+        self._activations.sum()
+        # Not a copy, which could bypass the cache.
+        return self._source * 1.0
 
 
 class _Node(torch.autograd.Function):
@@ -78,13 +82,12 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        ctx.layer.arrive(grad)
-        return grad.new_zeros(()) if ctx.is_first else ctx.layer.incoming_gradient(), None, None
+        return ctx.layer.backward(grad, ctx.is_first), None, None
 
 
 def chained(states: Sequence[Tensor], layer: Layer) -> list[Tensor]:
     """The states, each with the one before as its origin, and a parameter as the first one's."""
-    with layer.untimed():
+    with layer.untimed:
         below = torch.zeros((), requires_grad=True)
         result = []
         for state in states:

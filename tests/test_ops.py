@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -20,6 +22,16 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 def _accumulate(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _grid(num_layers: int, dims: tuple[int, ...] = (4, 8)) -> Grid:
@@ -68,24 +80,30 @@ def test_opcheck_of_tokens(dtype: torch.dtype, packed: bool) -> None:
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_that_come_with_the_loss(dtype: torch.dtype, packed: bool) -> None:
-    """The bits of the loss alone and of its backward; small, and so large that the caches are passed by."""
-    for texts, tokens, width in ((4, 3, 8), (80, 140, 1024)):
+    """The bits of the loss alone and of its backward: small; so large that the caches are passed by; and of whole
+    cache lines, which one thread reads of one layer while it writes others of another layer.
+    """
+    for texts, tokens, width in ((4, 3, 8), (80, 140, 1016), (80, 140, 1024)):
         table = torch.rand(texts, tokens, dtype=_accumulate(dtype))
-        table = table * (table > 0.3)
+        table = table * (table > 0.3) * (torch.arange(tokens) < torch.randint(0, tokens + 1, (texts, 1)))
         offsets = None
         if packed:
-            table, offsets = table.flatten(), torch.arange(texts + 1) * tokens
+            ends = torch.randint(0, texts * tokens + 1, (texts - 1,)).sort().values
+            table, offsets = table.flatten(), torch.cat([torch.tensor([0]), ends, torch.tensor([texts * tokens])])
         inputs = [torch.randn(*table.shape, width).to(dtype) for _ in range(3)], [table], offsets
         for layers in ([], [1], [0, 2], [0, 1, 2]):
             *expected, rows = torch.ops.m2d_ext.loss(*inputs, *_grid(3), True)
             for g in (1.0, 0.3):
-                *found, found_rows, grads = torch.ops.m2d_ext.loss_and_gradients(*inputs, *_grid(3), g, layers)
                 dense = torch.ops.m2d_ext.pool_backward(
                     rows, torch.tensor(g, dtype=torch.float64), layers, [table], offsets, dtype
                 )
-                assert all(map(torch.equal, [*found, found_rows], [*expected, rows]))
-                assert len(grads) == len(dense) == len(layers)
-                assert all(map(torch.equal, grads, dense))
+                # One thread alone computes whatever it can, and then always reads and writes at once.
+                for threads in (1, torch.get_num_threads()):
+                    with _threads(threads):
+                        *found, found_rows, grads = torch.ops.m2d_ext.loss_and_gradients(*inputs, *_grid(3), g, layers)
+                    assert all(map(torch.equal, [*found, found_rows], [*expected, rows]))
+                    assert len(grads) == len(dense) == len(layers)
+                    assert all(map(torch.equal, grads, dense))
 
 
 @pytest.mark.parametrize("packed", [False, True])

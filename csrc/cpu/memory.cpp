@@ -74,13 +74,15 @@ bool should_stream(const std::vector<at::Tensor>& tensors, size_t row_bytes) {
 #endif
 }
 
-#if defined(M2D_HAS_SSE2)
 bool are_whole_lines(const std::vector<at::Tensor>& tensors, size_t row_bytes) {
+#if defined(M2D_HAS_SSE2)
   return std::all_of(tensors.begin(), tensors.end(), [&](const at::Tensor& tensor) {
     return are_multiples(tensor.data_ptr(), row_bytes, kCacheLine);
   });
-}
+#else
+  return false;
 #endif
+}
 
 void stream_copy(void* to, const void* from, size_t bytes) {
 #if defined(M2D_HAS_X86_LEVELS)

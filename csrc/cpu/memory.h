@@ -27,13 +27,12 @@ constexpr size_t kStreamPart = 16;
 void stream_copy(void* to, const void* from, size_t bytes);
 void end_streams();
 
+// Whether rows of so many bytes in these tensors are whole cache lines, each of which can go past the caches by itself.
 constexpr size_t kCacheLine = 64;
-
-#if defined(M2D_HAS_SSE2)
-// Whether rows of so many bytes in these tensors are whole cache lines.
 bool are_whole_lines(const std::vector<at::Tensor>& tensors, size_t row_bytes);
 
-// One of them past the caches, where the loop around it does something else at the same time. By parts: a processor
+#if defined(M2D_HAS_SSE2)
+// A line past the caches, where the loop around it does something else at the same time. By parts: a processor
 // joins them before it writes the line, and falls behind where other instructions between them take longer than that.
 struct LineBy16 {
   static void copy(void* to, const void* from) {
