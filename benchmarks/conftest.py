@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from measure import in_own_process
+from measure import PROCESSES, in_own_process
 from results import Results, Speed
 from shapes import MAIN_SHAPES, MORE_SHAPES, SMALL, Shape
 from tables import tables
@@ -83,6 +83,12 @@ def _measure(what: Sequence[str], allocator: str, rounds: int, folder: Path) -> 
     return in_own_process(MEASURE, [*what, "--rounds", str(rounds)], allocator, folder)
 
 
+def _measure_in_turn(what: Sequence[str], rounds: int, folder: Path) -> Speed:
+    """The rounds of several processes."""
+    found = [Speed(**_measure(what, "resident", rounds, folder)) for _ in range(PROCESSES)]
+    return functools.reduce(Speed.joined, found)
+
+
 def _problem(what: str, shape: Shape, padding: str) -> list[str]:
     return [what, "--shape", json.dumps(asdict(shape)), "--padding", padding]
 
@@ -126,9 +132,10 @@ def measured_deferred(
 
     @functools.cache
     def measure(shape: Shape, padding: str) -> Speed:
-        speed = Speed(**_measure(_problem("deferred", shape, padding), "resident", results.rounds, folder))
-        results.deferred[shape, padding] = speed
-        return speed
+        results.deferred[shape, padding] = _measure_in_turn(
+            _problem("deferred", shape, padding), results.rounds, folder
+        )
+        return results.deferred[shape, padding]
 
     return measure
 

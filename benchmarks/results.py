@@ -49,6 +49,14 @@ class Speed:
         low, _, high = statistics.quantiles(self._ratios(name, to), n=4)
         return low, high
 
+    def joined(self, other: Speed) -> Speed:
+        """The rounds of both, of the same providers."""
+        providers = {
+            name: measured | {"seconds": [*measured["seconds"], *other.providers[name]["seconds"]]}
+            for name, measured in self.providers.items()
+        }
+        return Speed(max(self.other_cores, other.other_cores), providers)
+
     def _ratios(self, name: str, to: str) -> list[float]:
         pairs = zip(self.providers[name]["seconds"], self.providers[to]["seconds"], strict=True)
         return [a / b for a, b in pairs]

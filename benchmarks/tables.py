@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 
 from deferred_providers import DEFERRED, DEFERRED_PROVIDERS, DENSE, PASSES_COLD, PASSES_WARM
-from measure import NUM_THREADS
+from measure import NUM_THREADS, PROCESSES
 from providers import COMPILED, FLOOR, GROWTH_PROVIDERS, OURS, OURS_ONE_DIM, SENTENCE_TRANSFORMERS, growth_name
 from results import Results, Speed
 from shapes import GROWTH, MAIN_SHAPES, MORE_SHAPES, PADDINGS, SMALL, Shape
@@ -93,7 +93,7 @@ def _memory_table(results: Results) -> Table:
 def _deferred_table(results: Results) -> Table:
     table = Table(
         title=f"Deferred gradients, float32, {NUM_THREADS} threads, resident memory: medians of {results.rounds} "
-        "interleaved rounds, ratios within a round",
+        f"interleaved rounds in each of {PROCESSES} processes, ratios within a round",
         caption="Forward, backward and what is added to the gradients that an encoder brings down, whose own work is "
         "left out. Passes: the additions of all earlier layers, on gradients in memory (cold) or just written (warm).",
     )

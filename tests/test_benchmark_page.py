@@ -74,6 +74,16 @@ def test_sessions_are_joined(results: Results) -> None:
         whole.add(dataclasses.replace(other, rounds=results.rounds + 1))
 
 
+def test_rounds_of_processes_are_joined() -> None:
+    """Each round's ratio stays that of its own process."""
+    one, other = speed(PROVIDERS), dataclasses.replace(speed(PROVIDERS[:1], (0.001, 0.001)), other_cores=0.5)
+    other.providers.update({name: one.providers[OURS] | {"seconds": [0.008, 0.008]} for name in PROVIDERS[1:]})
+    both = one.joined(other)
+    assert both.other_cores == 0.5
+    assert both.providers[OURS]["seconds"] == [0.002, 0.004, 0.003, 0.001, 0.001]
+    assert both.ratio(PROVIDERS[1], OURS) == 2.0  # of 2, 2, 2, 8, 8
+
+
 def test_page_has_every_table_and_the_growth(results: Results, tmp_path: Path) -> None:
     report.write(results, tmp_path / "page.md")
     text = (tmp_path / "page.md").read_text()
