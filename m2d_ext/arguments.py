@@ -125,8 +125,6 @@ def _check_alike(layers: list[list[Tensor]], packed: bool) -> None:
     ndim, names = (2, "(total_tokens, D)") if packed else (3, "(N, T, D)")
     for i, layer in enumerate(layers):
         for state, shape in zip(layer, shapes, strict=True):
-            if i > 0 and state.shape == shape and state.dtype == dtype and state.device == device:
-                continue
             name, found = f"hidden_states[{i}]", state.shape
             if len(found) != ndim:
                 raise ValueError(f"{name} must have shape {names}, got {tuple(found)}")
@@ -288,8 +286,6 @@ def _read_dims(dims: Sequence[int], width: int) -> tuple[int, ...]:
 
 def _read_number(name: str, value: Any) -> float:
     """Numpy's, or a tensor's, too; a gradient is formed for none."""
-    if type(value) is float:
-        return value
     if isinstance(value, Tensor) and value.requires_grad:
         raise ValueError(f"{name} must be a number, got a tensor that requires grad")
     try:

@@ -31,10 +31,8 @@ def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *grads: Tensor | None) -> Any:
-        if not torch.is_grad_enabled():
-            return backward(ctx, *grads)
         results = once(ctx, *grads)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return results
         results = results if isinstance(results, tuple) else (results,)
         raising: Callable[..., Any] = torch._C._functions.DelayedError(NO_SECOND_DERIVATIVE.encode(), len(results))

@@ -172,7 +172,7 @@ TokenLossOutputs run_token_loss(at::TensorList hidden_states, at::TensorList coe
     TokenSide side;
     side.read = [&p](const RowRange& texts) { pool_rows<Scalar, Acc>(p, texts); };
     GradProblem grads;
-    ScatterParams<Acc> scatter;
+    ScatterParams<Acc> scatter = {};
     if (!layers.empty()) {
       const Tensor& rows = problem.outputs.pooled_grad;
       grads =
