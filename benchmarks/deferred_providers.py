@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from encoder_chain import Layer, Untimed, chained
+from encoder_chain import Layer, Untimed, chained, seconds_between_nodes
 from m2d_ext import functional
 from m2d_ext.pooling import padded_coefficients
 from providers import FLOOR, Candidate, Inputs, Step, floor, grid
@@ -20,16 +21,23 @@ PASSES_WARM = "passes, warm"
 DEFERRED_PROVIDERS = (DEFERRED, DENSE, PASSES_COLD, PASSES_WARM, FLOOR)
 
 
-def whole_step(inputs: Inputs, deferred: bool, layer: Layer) -> Step:
-    """Forward and backward through the stand-in encoder, less what that takes."""
+def run_loss(inputs: Inputs, deferred: bool, layer: Layer) -> None:
+    """Forward and backward through the stand-in encoder."""
+    states = chained(inputs.states, layer)
     options = grid(inputs.shape)
-    given = [state.detach() for state in inputs.states]
+    loss = functional.matryoshka_2d_loss(states, inputs.mask, backend="fused", deferred=deferred, **options)
+    assert isinstance(loss, Tensor)
+    loss.backward(inputs.grad_output)
+
+
+def whole_step(inputs: Inputs, deferred: bool, layer: Layer) -> Step:
+    """:func:`run_loss`, less what the encoder takes."""
 
     def step() -> list[Tensor]:
-        states = chained(given, layer)
-        loss = functional.matryoshka_2d_loss(states, inputs.mask, backend="fused", deferred=deferred, **options)
-        assert isinstance(loss, Tensor)
-        loss.backward(inputs.grad_output)
+        start = time.perf_counter()
+        between = seconds_between_nodes(inputs.states, layer)
+        layer.untimed.leave_out(time.perf_counter() - start + between)
+        run_loss(inputs, deferred, layer)
         return []
 
     return step
@@ -40,7 +48,7 @@ def arriving_gradients(inputs: Inputs, deferred: bool) -> list[Tensor]:
     torch.manual_seed(1)
     layer = Layer(inputs.states[0], Untimed())
     layer.arrived = []
-    whole_step(inputs, deferred, layer)()
+    run_loss(inputs, deferred, layer)
     return layer.arrived
 
 

@@ -60,9 +60,9 @@ void advise_huge_pages(const at::Tensor& tensor) {
 #endif
 }
 
-bool should_stream(const std::vector<at::Tensor>& tensors, size_t row_bytes) {
+bool should_stream(const std::vector<at::Tensor>& tensors, size_t row_bytes, size_t bytes_read) {
 #if defined(M2D_HAS_SSE2)
-  size_t total = 0;
+  size_t total = bytes_read;
   for (const at::Tensor& tensor : tensors) {
     if (tensor.nbytes() < kHugePagesFrom) return false;
     if (!are_multiples(tensor.data_ptr(), row_bytes, kStreamPart)) return false;

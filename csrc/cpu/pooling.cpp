@@ -388,19 +388,47 @@ void write_rows(GradientRows<Scalar, Acc>& rows, size_t row_bytes, bool stream) 
   if (stream) end_streams();
 }
 
-// Calls body(texts) for ranges of each layer's texts, in parallel. A thread takes a range when it is done with the one
-// before: how fast each of them gets at memory is not known beforehand.
+// Numbers [0, count) of tasks that lie one after the other in memory, dealt to threads. A thread begins with the share that torch's elementwise operations give it, and
+// with the end of that: of a gradient which such an operation has just written it is what this core wrote last, and still
+// holds, while another core's caches can be farther away than memory. Then it helps the others: how fast each of them
+// gets at memory is not known beforehand.
+class Shares {
+ public:
+  static constexpr int64_t kNone = -1;
+
+  Shares(int64_t count, int64_t threads) : count_(count), left_(threads) {
+    for (int64_t share = 0; share < threads; ++share)
+      left_[share] = begin(share + 1) - begin(share);
+  }
+
+  // The thread's next range, kNone if all are taken.
+  int64_t take(int64_t thread) {
+    for (int64_t i = 0; i < num_shares(); ++i) {
+      const int64_t share = (thread + i) % num_shares();
+      const int64_t left = left_[share].fetch_sub(1, std::memory_order_relaxed);
+      if (left > 0) return begin(share) + left - 1;
+    }
+    return kNone;
+  }
+
+ private:
+  int64_t num_shares() const { return static_cast<int64_t>(left_.size()); }
+  int64_t begin(int64_t share) const { return share * count_ / num_shares(); }
+
+  const int64_t count_;
+  std::vector<std::atomic<int64_t>> left_;
+};
+
+// Calls body(texts) for ranges of each layer's texts, in parallel.
 template <class Body>
 void for_text_ranges(const PoolParams& p, const Body& body) {
   constexpr int64_t kTexts = 16;
   const int64_t of_layer = ceil_div(p.num_texts, kTexts);
   const int64_t count = p.num_layers * of_layer;
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), count);
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (;;) {
-      const int64_t i = next.fetch_add(1, std::memory_order_relaxed);
-      if (i >= count) return;
+  Shares shares(count, threads);
+  at::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
+    for (int64_t i = shares.take(thread); i != Shares::kNone; i = shares.take(thread)) {
       const int64_t first = i % of_layer * kTexts;
       body(RowRange{i / of_layer, first, std::min(p.num_texts, first + kTexts)});
     }

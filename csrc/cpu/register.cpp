@@ -178,8 +178,9 @@ TokenLossOutputs run_token_loss(at::TensorList hidden_states, at::TensorList coe
       grads =
           allocate_grads(rows, layers, coefficients, cu_seqlens, hidden_states[0].scalar_type());
       const size_t row_bytes = p.dim * sizeof(Scalar);
+      const size_t bytes_read = hidden_states.size() * hidden_states[0].nbytes();
       scatter = {grads.pool.params, rows.const_data_ptr<Acc>(), layers.data(),
-                 static_cast<Acc>(grad_output), should_stream(grads.grads, row_bytes)};
+                 static_cast<Acc>(grad_output), should_stream(grads.grads, row_bytes, bytes_read)};
       // Texts of a layer as those of its gradients; -1 where none are wanted.
       const auto place = [layers](const RowRange& texts) {
         const auto found = std::find(layers.begin(), layers.end(), texts.layer);
