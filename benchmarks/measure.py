@@ -39,7 +39,7 @@ from providers import Candidate
 from shapes import GROWTH, SHARES, Shape
 
 NUM_THREADS = 2
-PROCESSES = 3  # where the pages in which one's memory lies move a ratio by more than a tenth
+PROCESSES = 3  # where it moves a ratio by more than a tenth how near to each other the host puts two virtual cores
 WARMUP_ROUNDS = 2
 # Two threads that meet at barriers lose far more to a busy neighbour than its share of the machine.
 ATTEMPTS = 3

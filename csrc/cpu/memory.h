@@ -18,8 +18,9 @@ namespace m2d::cpu {
 // of the first write cost several times the write itself. Advice only: refused or ignored, nothing changes.
 void advise_huge_pages(const at::Tensor& tensor);
 
-// Whether rows of `row_bytes` in these tensors, all written by one call that reads `bytes_read`, should bypass the caches:
-// a usual store first reads the line it overwrites. Not in small pages, where the kernel's zeros are still in the cache.
+// Whether rows of `row_bytes` in these tensors, all written by one call that reads `bytes_read`, should bypass the
+// caches: a usual store first reads the line it overwrites. Not in small pages, where the kernel's zeros are still in
+// the cache.
 bool should_stream(const std::vector<at::Tensor>& tensors, size_t row_bytes, size_t bytes_read = 0);
 
 // memcpy past the caches; `to` and the size are multiples of kStreamPart. Other threads see it after end_streams().

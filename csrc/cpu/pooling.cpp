@@ -388,10 +388,10 @@ void write_rows(GradientRows<Scalar, Acc>& rows, size_t row_bytes, bool stream) 
   if (stream) end_streams();
 }
 
-// Numbers [0, count) of tasks that lie one after the other in memory, dealt to threads. A thread begins with the share that torch's elementwise operations give it, and
-// with the end of that: of a gradient which such an operation has just written it is what this core wrote last, and still
-// holds, while another core's caches can be farther away than memory. Then it helps the others: how fast each of them
-// gets at memory is not known beforehand.
+// Tasks [0, count), which lie one after the other in memory, dealt to threads. A thread begins with the share that
+// torch's elementwise operations give it, and with the end of that: of a gradient which such an operation has just
+// written it is what this core wrote last, and still holds, while another core's caches can be farther away than
+// memory. Then it helps the others: how fast each of them gets at memory is not known beforehand.
 class Shares {
  public:
   static constexpr int64_t kNone = -1;
@@ -401,7 +401,7 @@ class Shares {
       left_[share] = begin(share + 1) - begin(share);
   }
 
-  // The thread's next range, kNone if all are taken.
+  // The thread's next task, kNone if all are taken.
   int64_t take(int64_t thread) {
     for (int64_t i = 0; i < num_shares(); ++i) {
       const int64_t share = (thread + i) % num_shares();
