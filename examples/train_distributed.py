@@ -9,6 +9,7 @@ processes: one exchange for all layers and dimensions each way, where a loop ove
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from pathlib import Path
 
@@ -73,6 +74,42 @@ def load_model(name_or_path: str | None) -> SentenceTransformer:
     return model
 
 
+def train(args: argparse.Namespace, training: SentenceTransformerTrainingArguments, dataset: Dataset) -> None:
+    model = load_model(args.model)
+    model.max_seq_length = min(args.max_length, model.max_seq_length or args.max_length)
+    width = model.get_embedding_dimension() or 0
+    loss = m2d_ext.Matryoshka2dLoss(
+        model,
+        MultipleNegativesRankingLoss(model, gather_across_devices=training.world_size > 1),
+        matryoshka_dims=[width, *(dim for dim in DIMS if dim < width)],
+        n_layers_per_step=-1,
+        n_dims_per_step=-1,
+        mini_batch_size=args.mini_batch_size,
+    )
+    if training.process_index == 0:
+        candidates = args.batch_size * training.world_size
+        print(f"{training.world_size} processes on {training.device.type}, {candidates} candidates for each anchor")
+    trainer = SentenceTransformerTrainer(model=model, args=training, train_dataset=dataset, loss=loss)
+    result = trainer.train()
+    if training.process_index == 0:
+        model.save_pretrained(str(args.output / "model"))
+        print(f"mean loss {result.training_loss:.3f}; model in {args.output / 'model'}")
+
+
+def leave() -> None:
+    """End the group of processes, after the last of them has got here.
+
+    The Trainer must be gone by now. Its DistributedDataParallel holds the group too, and whoever lets go of it last
+    waits for gloo's threads; Python's own references wait without the interpreter's lock, which those threads need to
+    let go of the last gathered tensors, and DistributedDataParallel's waits with it, now and then for ever.
+    """
+    if not dist.is_initialized():
+        return
+    gc.collect()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def main() -> None:
     args = parse_args()
     has_gpu = torch.cuda.is_available()
@@ -98,33 +135,10 @@ def main() -> None:
     except ValueError as error:  # every process finds it, and the first one says it
         if training.process_index == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        if dist.is_initialized():
-            dist.barrier()  # the launcher ends the others as soon as one has ended
+        leave()  # together: the launcher ends the others as soon as one has ended
         sys.exit(1)
-    model = load_model(args.model)
-    model.max_seq_length = min(args.max_length, model.max_seq_length or args.max_length)
-    width = model.get_embedding_dimension() or 0
-    loss = m2d_ext.Matryoshka2dLoss(
-        model,
-        MultipleNegativesRankingLoss(model, gather_across_devices=training.world_size > 1),
-        matryoshka_dims=[width, *(dim for dim in DIMS if dim < width)],
-        n_layers_per_step=-1,
-        n_dims_per_step=-1,
-        mini_batch_size=args.mini_batch_size,
-    )
-    if training.process_index == 0:
-        candidates = args.batch_size * training.world_size
-        print(f"{training.world_size} processes on {training.device.type}, {candidates} candidates for each anchor")
-    trainer = SentenceTransformerTrainer(model=model, args=training, train_dataset=dataset, loss=loss)
-    result = trainer.train()
-    if training.process_index == 0:
-        model.save_pretrained(str(args.output / "model"))
-        print(f"mean loss {result.training_loss:.3f}; model in {args.output / 'model'}")
-    if dist.is_initialized():
-        # No process leaves before the model is saved. It also frees the lock of the interpreter for gloo's threads,
-        # which need it to let go of the last gathered tensors: the group's end waits for them with the lock held.
-        dist.barrier()
-        dist.destroy_process_group()
+    train(args, training, dataset)
+    leave()
 
 
 if __name__ == "__main__":

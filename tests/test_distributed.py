@@ -466,32 +466,70 @@ def test_a_lost_process_is_an_error_in_the_others(tmp_path: Path, number: int, h
 # --- the example ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_the_example_trains(tmp_path: Path) -> None:
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+def launch(command: list[str], folder: Path) -> str:
+    """Two steps of the example in two processes, into ``folder / "output"``; what they print."""
     pytest.importorskip("accelerate", reason="the examples need the demo extra")
-    model = tiny_model(normalize=True, dropout=0.1)
-    model.save_pretrained(str(tmp_path / "start"))
+    tiny_model(normalize=True, dropout=0.1).save_pretrained(str(folder / "start"))
     columns = texts_of(Task((40,)), seed=0)
     rows = [("anchor", "positive"), *((f"{a} w{i}", b) for i, (a, b) in enumerate(zip(*columns, strict=True)))]
-    (tmp_path / "pairs.tsv").write_text("".join(f"{a}\t{b}\n" for a, b in rows), encoding="utf-8")
-    script = Path(__file__).resolve().parents[1] / "examples" / "train_distributed.sh"
-    arguments = f"--steps 2 --batch-size 4 --model {tmp_path / 'start'} --pairs {tmp_path / 'pairs.tsv'}"
+    (folder / "pairs.tsv").write_text("".join(f"{a}\t{b}\n" for a, b in rows), encoding="utf-8")
+    arguments = f"--steps 2 --batch-size 4 --model {folder / 'start'} --pairs {folder / 'pairs.tsv'}"
     finished = subprocess.run(
-        ["bash", str(script), *arguments.split(), "--output", str(tmp_path / "output")],
+        [*command, *arguments.split(), "--output", str(folder / "output")],
         # torchrun lies beside this interpreter, perhaps in an environment that is not active.
         env=os.environ | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert finished.returncode == 0, finished.stdout
-    assert finished.stdout.count("2 processes on") == 1
-    assert "8 candidates for each anchor" in finished.stdout
-    assert len(re.findall(r"'loss': '?[0-9.]+", finished.stdout)) == 2
-    assert re.search(r"mean loss [0-9.]+", finished.stdout)
-    trained_model = SentenceTransformer(str(tmp_path / "output" / "model"))
-    assert not torch.equal(*(each.encode("w1", convert_to_tensor=True) for each in (model.eval(), trained_model)))
+    return finished.stdout
+
+
+@pytest.mark.slow
+def test_the_example_trains(tmp_path: Path) -> None:
+    printed = launch(["bash", str(EXAMPLES / "train_distributed.sh")], tmp_path)
+    assert printed.count("2 processes on") == 1
+    assert "8 candidates for each anchor" in printed
+    assert len(re.findall(r"'loss': '?[0-9.]+", printed)) == 2
+    assert re.search(r"mean loss [0-9.]+", printed)
+    start, trained = (SentenceTransformer(str(tmp_path / name)) for name in ("start", "output/model"))
+    assert not torch.equal(*(each.encode("w1", convert_to_tensor=True) for each in (start, trained)))
+
+
+# Runs the script that is its first argument, and says how many of gloo's threads its end of the group leaves.
+SAY_WHAT_IS_LEFT = """
+import pathlib, runpy, sys
+import torch.distributed as dist
+
+def destroy(*args, destroy=dist.destroy_process_group):
+    names = lambda: [task.joinpath("comm").read_text() for task in pathlib.Path("/proc/self/task").iterdir()]
+    before = sum("gloo" in name for name in names())
+    destroy(*args)
+    after = sum("gloo" in name for name in names())
+    print(f"gloo's threads: {'some' if before else 'none'}, then {after}", flush=True)
+
+dist.destroy_process_group = destroy
+sys.argv.pop(0)
+sys.path.insert(0, str(pathlib.Path(sys.argv[0]).parent))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads by name are Linux's")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there the example's group is NCCL's")
+def test_the_example_leaves_its_group_to_nobody(tmp_path: Path) -> None:
+    """Threads that outlive the group's end are waited for by DistributedDataParallel, which may take for ever."""
+    wrapper = tmp_path / "wrapper.py"
+    wrapper.write_text(SAY_WHAT_IS_LEFT)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    printed = launch([*torchrun, str(wrapper), str(EXAMPLES / "train_distributed.py")], tmp_path)
+    assert printed.count("gloo's threads: some, then 0") == 2, printed
 
 
 # --- no group -------------------------------------------------------------------------------------------------------
