@@ -84,7 +84,7 @@ def _measure(what: Sequence[str], allocator: str, rounds: int, folder: Path) -> 
 
 
 def _measure_in_turn(what: Sequence[str], rounds: int, folder: Path) -> Speed:
-    """The rounds of several processes."""
+    """The rounds of several processes, with resident memory."""
     found = [Speed(**_measure(what, "resident", rounds, folder)) for _ in range(PROCESSES)]
     return functools.reduce(Speed.joined, found)
 
@@ -103,7 +103,11 @@ def measured_speed(
 
     @functools.cache
     def measure(shape: Shape, padding: str, allocator: str) -> Speed:
-        speed = Speed(**_measure(_problem("speed", shape, padding), allocator, results.rounds, folder))
+        problem = _problem("speed", shape, padding)
+        if allocator == "resident" and shape in MAIN_SHAPES:
+            speed = _measure_in_turn(problem, results.rounds, folder)
+        else:
+            speed = Speed(**_measure(problem, allocator, results.rounds, folder))
         results.speed[shape, padding, allocator] = speed
         return speed
 

@@ -27,6 +27,16 @@ def machine() -> dict[str, Any]:
     }
 
 
+def _joined(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """What two processes measured of a provider; both notes where they differ, as compile modes do."""
+    notes = dict.fromkeys([*one["note"].split(", "), other["note"]])
+    return {
+        "seconds": [*one["seconds"], *other["seconds"]],
+        "page_faults": max(one["page_faults"], other["page_faults"]),
+        "note": ", ".join(notes),
+    }
+
+
 @dataclass(frozen=True)
 class Speed:
     """One problem under one allocator, as measure.py reports it."""
@@ -51,10 +61,7 @@ class Speed:
 
     def joined(self, other: Speed) -> Speed:
         """The rounds of both, of the same providers."""
-        providers = {
-            name: measured | {"seconds": [*measured["seconds"], *other.providers[name]["seconds"]]}
-            for name, measured in self.providers.items()
-        }
+        providers = {name: _joined(measured, other.providers[name]) for name, measured in self.providers.items()}
         return Speed(max(self.other_cores, other.other_cores), providers)
 
     def _ratios(self, name: str, to: str) -> list[float]:

@@ -43,7 +43,7 @@ def _reading_order(item: tuple[tuple[Shape, str, str], Speed]) -> tuple[bool, in
 def _speed_table(results: Results) -> Table:
     table = Table(
         title=f"Loss alone, forward + backward, float32, {NUM_THREADS} threads: medians of {results.rounds} "
-        "interleaved rounds, ratios within a round",
+        f"interleaved rounds, where there are aims in each of {PROCESSES} processes; ratios within a round",
         caption="Page faults: of ours and of the floor, in one step; 0 where memory is resident. "
         "Others: how many cores other processes kept busy meanwhile; distrust a row where that is not close to 0.",
     )
@@ -72,7 +72,7 @@ def _speed_table(results: Results) -> Table:
             f"{shape}, {allocator}, {padding}",
             *[_number(value, 1) for value in times],
             *[_number(value) for value in ratios],
-            compiled["note"].removesuffix("-no-cudagraphs") if compiled else "fails",
+            compiled["note"].replace("-no-cudagraphs", "") if compiled else "fails",
             faults,
             f"{speed.other_cores:.1f}",
         )

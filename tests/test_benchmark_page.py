@@ -78,10 +78,14 @@ def test_rounds_of_processes_are_joined() -> None:
     """Each round's ratio stays that of its own process."""
     one, other = speed(PROVIDERS), dataclasses.replace(speed(PROVIDERS[:1], (0.001, 0.001)), other_cores=0.5)
     other.providers.update({name: one.providers[OURS] | {"seconds": [0.008, 0.008]} for name in PROVIDERS[1:]})
+    one.providers[OURS]["note"] = "max-autotune"
+    other.providers[OURS] |= {"note": "default", "page_faults": 3}
     both = one.joined(other)
     assert both.other_cores == 0.5
     assert both.providers[OURS]["seconds"] == [0.002, 0.004, 0.003, 0.001, 0.001]
     assert both.ratio(PROVIDERS[1], OURS) == 2.0  # of 2, 2, 2, 8, 8
+    assert both.providers[OURS]["page_faults"] == 3
+    assert both.joined(one).providers[OURS]["note"] == "max-autotune, default"
 
 
 def test_page_has_every_table_and_the_growth(results: Results, tmp_path: Path) -> None:
