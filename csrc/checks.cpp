@@ -320,6 +320,34 @@ CosineGradProblem<T> allocate_cosine_grads(const CosineProblem<T>& problem, cons
   return grads;
 }
 
+LogSumExpProblem read_scores(const Tensor& scores, const std::optional<Tensor>& mask, double scale,
+                             bool over_rows) {
+  TORCH_CHECK(scores.dim() == 4 && scores.scalar_type() == at::kDouble,
+              "scores must be float64 (L, K, A, M), got ", scores.scalar_type(), " of shape ",
+              scores.sizes());
+  const at::IntArrayRef matrix = scores.sizes().slice(2);
+  TORCH_CHECK(!mask || (mask->sizes() == matrix && mask->scalar_type() == at::kBool &&
+                        mask->device() == scores.device()),
+              "mask must be bool of shape ", matrix, " on the scores' device, got ",
+              mask ? mask->toString() : "", " of shape ", mask ? mask->sizes() : matrix);
+  const bool is_one_batch = scores.stride(0) == scores.size(1) * scores.stride(1);
+  LogSumExpProblem problem{{},
+                           is_one_batch && scores.stride(3) == 1 ? scores : scores.contiguous(),
+                           mask ? mask->contiguous() : Tensor(),
+                           scores.sizes().vec()};
+  problem.params = {scores.size(0) * scores.size(1),
+                    scores.size(2),
+                    scores.size(3),
+                    problem.scores.stride(1),
+                    problem.scores.stride(2),
+                    problem.scores.const_data_ptr<double>(),
+                    mask ? problem.mask.const_data_ptr<bool>() : nullptr,
+                    scale,
+                    over_rows};
+  problem.result.erase(problem.result.begin() + (over_rows ? 2 : 3));
+  return problem;
+}
+
 template CosineProblem<float> read_cosines(const Tensor&, const Tensor&, at::IntArrayRef, bool);
 template CosineProblem<double> read_cosines(const Tensor&, const Tensor&, at::IntArrayRef, bool);
 template CosineGradProblem<float> allocate_cosine_grads(const CosineProblem<float>&, const Tensor&,

@@ -95,4 +95,14 @@ template <class T>
 CosineGradProblem<T> allocate_cosine_grads(const CosineProblem<T>& problem, const Tensor& grad,
                                            const Tensor& cosines, bool needs_a, bool needs_b);
 
+// Owns what LogSumExpParams points to.
+struct LogSumExpProblem {
+  LogSumExpParams params;
+  Tensor scores, mask;
+  std::vector<int64_t> result;  // its shape
+};
+
+LogSumExpProblem read_scores(const Tensor& scores, const std::optional<Tensor>& mask, double scale,
+                             bool over_rows);
+
 }  // namespace m2d

@@ -114,4 +114,14 @@ int64_t chunk_begin(const CosineParams<T>& p, int64_t k) {
   return k == 0 ? 0 : p.dims[k - 1];
 }
 
+// Scores of which some are left out, and where their logsumexp is taken.
+struct LogSumExpParams {
+  int64_t batches, rows, columns;
+  int64_t batch_stride, row_stride;  // of the scores; columns lie side by side
+  const double* scores;
+  const bool* mask;  // (rows, columns), true: left out, of all batches; nullptr: none are
+  double scale;
+  bool over_rows;  // the results are (batches, columns), else (batches, rows)
+};
+
 }  // namespace m2d

@@ -220,6 +220,20 @@ def nested_cosines_backward(
     return [grad if need else None for grad, need in zip(grads, needed, strict=True)]
 
 
+def masked_logsumexp(scores: Tensor, mask: Tensor | None, scale: float, over_rows: bool) -> Tensor:
+    """Of ``scale * scores`` (L, K, A, M) in float64 that the mask (A, M) is not true for: (L, K, A), or (L, K, M) over
+    the rows. For scores of :func:`nested_cosines`.
+    """
+    return torch.ops.m2d_ext.masked_logsumexp(scores, mask, scale, over_rows)
+
+
+def masked_logsumexp_backward(
+    grad: Tensor, result: Tensor, scores: Tensor, mask: Tensor | None, scale: float, over_rows: bool
+) -> Tensor:
+    """The gradient of the scores."""
+    return torch.ops.m2d_ext.masked_logsumexp_backward(grad, result, scores, mask, scale, over_rows)
+
+
 def _fake_pool(hidden_states: Sequence[Tensor], coefficients: Sequence[Tensor], cu_seqlens: Tensor | None) -> Tensor:
     first = hidden_states[0]
     shape = (len(hidden_states) // len(coefficients), _num_texts(coefficients, cu_seqlens), first.shape[-1])
@@ -336,6 +350,16 @@ def _fake_nested_cosines_backward(
     return a.new_empty(a.shape if needs_a else (0, 0, 0)), b.new_empty(b.shape if needs_b else (0, 0, 0))
 
 
+def _fake_masked_logsumexp(scores: Tensor, mask: Tensor | None, scale: float, over_rows: bool) -> Tensor:
+    return scores.new_empty((*scores.shape[:2], scores.shape[3 if over_rows else 2]))
+
+
+def _fake_masked_logsumexp_backward(
+    grad: Tensor, result: Tensor, scores: Tensor, mask: Tensor | None, scale: float, over_rows: bool
+) -> Tensor:
+    return scores.new_empty(scores.shape)
+
+
 if _extension.available():
     torch.library.register_fake("m2d_ext::pool", _fake_pool)
     torch.library.register_fake("m2d_ext::pool_backward", _fake_pool_backward)
@@ -348,3 +372,5 @@ if _extension.available():
     torch.library.register_fake("m2d_ext::pooled_loss", _fake_pooled_loss)
     torch.library.register_fake("m2d_ext::nested_cosines", _fake_nested_cosines)
     torch.library.register_fake("m2d_ext::nested_cosines_backward", _fake_nested_cosines_backward)
+    torch.library.register_fake("m2d_ext::masked_logsumexp", _fake_masked_logsumexp)
+    torch.library.register_fake("m2d_ext::masked_logsumexp_backward", _fake_masked_logsumexp_backward)

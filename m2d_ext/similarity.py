@@ -1,4 +1,4 @@
-"""Cosines of all prefixes of all layers' rows at once, differentiably: what the losses beside InfoNCE are made of.
+"""Cosines of all prefixes of all layers' rows, and their logsumexp: what the losses beside InfoNCE are made of.
 
     U_k = U_{k-1} + A[:, chunk k] B[:, chunk k]^T,    S_k = U_k / (max(|A[:, :d_k]|, eps) max(|B[:, :d_k]|, eps))
 
@@ -6,7 +6,8 @@ One pass over the D dimensions serves all K prefixes, and so does one back: with
 r_k[i] = na_k[i]^2 sum_j G_k[i, j] S_k[i, j], the rows of chunk c get (sum_{k >= c} X_k) B - (sum_{k >= c} r_k) A.
 
 All of it in double: rows of a real batch are nearly parallel in the early layers, where cosines agree in most of their
-digits and the two terms of the gradient cancel. On the CPU the compiled operators do it (csrc/cpu/cosines.cpp).
+digits and the two terms of the gradient cancel. On the CPU compiled operators do it (csrc/cpu/cosines.cpp and
+logsumexp.cpp).
 """
 
 import itertools
@@ -38,6 +39,25 @@ def nested_cosines(a: Tensor, b: Tensor, dims: Sequence[int]) -> Tensor:
 def nested_pair_cosines(a: Tensor, b: Tensor, dims: Sequence[int]) -> Tensor:
     """Cosines of row i of ``a`` with row i of ``b``, both (L, A, D); else as :func:`nested_cosines`: (L, K, A)."""
     return _Cosines.apply(a, b, tuple(dims), True)
+
+
+def masked_logsumexp(scores: Tensor, scale: float, mask: Tensor | None = None, over_rows: bool = False) -> Tensor:
+    """The logsumexp of ``scale * scores`` along the last dimension, or along the rows.
+
+    Args:
+        scores: (L, K, A, M), float64.
+        scale: what they are multiplied by.
+        mask: (A, M), true for scores that are left out; None: none are.
+        over_rows: whether to sum over A instead of M.
+
+    Returns:
+        (L, K, A), or (L, K, M) ``over_rows``; -inf, without a gradient, where nothing is left.
+    """
+    if ops.computes_cosines(scores):
+        return _MaskedLogSumExp.apply(scores, float(scale), mask, over_rows)
+    scores = scores * scale
+    scores = scores if mask is None else scores.masked_fill(mask, -torch.inf)
+    return scores.logsumexp(-2 if over_rows else -1)
 
 
 def _inverse_norms(rows: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -106,3 +126,18 @@ def _rows_grad(rows: Tensor, others: Tensor, outer: Tensor, along: Tensor, ctx: 
         across = outer[:, k, :, None] * chunk if ctx.pairs else outer[:, k] @ chunk
         grad[..., i:j] = across - radial[:, k] * rows[..., i:j]
     return grad
+
+
+class _MaskedLogSumExp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, scale: float, mask: Tensor | None, over_rows: bool) -> Tensor:
+        result = ops.masked_logsumexp(scores, mask, scale, over_rows)
+        ctx.save_for_backward(result, scores, mask)
+        ctx.scale, ctx.over_rows = scale, over_rows
+        return result
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        result, scores, mask = ctx.saved_tensors
+        return ops.masked_logsumexp_backward(grad, result, scores, mask, ctx.scale, ctx.over_rows), None, None, None

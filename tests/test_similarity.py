@@ -120,3 +120,91 @@ def test_what_the_operator_refuses(change: dict, message: str) -> None:
     arguments = {"a": a, "b": b, "dims": [3, 8], "pairs": False} | change
     with pytest.raises(RuntimeError, match=message):
         torch.ops.m2d_ext.nested_cosines(**arguments)
+
+
+# Layers, dims, rows, columns: more columns than are summed side by side (256) and fewer, one of each.
+SCORES = [(2, 3, 5, 7), (1, 2, 300, 3), (2, 1, 3, 600), (1, 1, 1, 1)]
+
+
+def scores_and_mask(shape: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    scores = torch.rand(shape, dtype=torch.float64) * 2 - 1
+    mask = torch.rand(shape[2:]) < 0.3
+    mask[0], mask[:, 0] = True, True  # a row of which nothing is left, and a column
+    return scores.requires_grad_(), mask
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "torch"])
+@pytest.mark.parametrize("over_rows", [False, True], ids=["columns", "rows"])
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("scale", [20.0, -3.0, 5000.0])
+@pytest.mark.parametrize("shape", SCORES, ids=str)
+def test_logsumexp_is_torch_s(
+    shape: tuple, scale: float, masked: bool, over_rows: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
+        monkeypatch.setattr(ops, "computes_cosines", lambda rows: False)
+    scores, mask = scores_and_mask(shape)
+    found = similarity.masked_logsumexp(scores, scale, mask if masked else None, over_rows)
+    filled = (scores * scale).masked_fill(mask, -torch.inf) if masked else scores * scale
+    expected = filled.logsumexp(-2 if over_rows else -1)
+    torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-13)
+    upstream = torch.randn_like(expected)
+    (grad,), (truth,) = (torch.autograd.grad(value, scores, upstream) for value in (found, expected))
+    torch.testing.assert_close(grad, truth, rtol=1e-11, atol=1e-13 * abs(scale))
+    assert not masked or not grad[..., mask].any()
+
+
+@pytest.mark.parametrize("over_rows", [False, True], ids=["columns", "rows"])
+def test_logsumexp_reads_scores_as_they_lie(over_rows: bool) -> None:
+    whole, mask = scores_and_mask((2, 3, 5, 12))
+    for view in (whole[..., 2:9], whole[:, 1:, 1:4], whole.mT, whole[:, :, :, ::2], whole[:1].expand(4, -1, -1, -1)):
+        none = mask.new_zeros(view.shape[-2:])
+        found = similarity.masked_logsumexp(view, 4.0, none, over_rows)
+        expected = similarity.masked_logsumexp(view.clone(), 4.0, none, over_rows)
+        assert torch.equal(found, expected)
+        grads = [torch.autograd.grad(value.square().sum(), whole, retain_graph=True)[0] for value in (found, expected)]
+        assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("over_rows", [False, True], ids=["columns", "rows"])
+def test_logsumexp_passes_nan_on(over_rows: bool) -> None:
+    scores, _ = scores_and_mask((1, 1, 4, 4))
+    with torch.no_grad():
+        scores[0, 0, 1, 2] = torch.nan
+    mask = torch.zeros(4, 4, dtype=torch.bool)
+    found = similarity.masked_logsumexp(scores, 2.0, mask, over_rows)
+    assert found.isnan().sum() == 1
+    assert found[0, 0, 2 if over_rows else 1].isnan()
+    mask[1, 2] = True
+    assert similarity.masked_logsumexp(scores, 2.0, mask, over_rows).isfinite().all()
+
+
+def test_logsumexp_opcheck() -> None:
+    scores, mask = scores_and_mask(SCORES[0])
+    for over_rows in (False, True):
+        arguments = (scores.detach(), mask, 2.0, over_rows)
+        torch.library.opcheck(torch.ops.m2d_ext.masked_logsumexp, arguments)
+        result = ops.masked_logsumexp(*arguments)
+        torch.library.opcheck(
+            torch.ops.m2d_ext.masked_logsumexp_backward, (torch.ones_like(result), result, *arguments)
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scores": torch.zeros(2, 5, 7, dtype=torch.float64)}, "scores must be float64"),
+        ({"scores": torch.zeros(2, 3, 5, 7)}, "scores must be float64"),
+        ({"mask": torch.zeros(7, 5, dtype=torch.bool)}, r"mask must be bool of shape \[5, 7\]"),
+        ({"mask": torch.zeros(5, 7)}, "mask must be bool"),
+    ],
+)
+def test_what_logsumexp_refuses(change: dict, message: str) -> None:
+    scores, mask = scores_and_mask(SCORES[0])
+    arguments = {"scores": scores.detach(), "mask": mask, "scale": 1.0, "over_rows": False} | change
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.m2d_ext.masked_logsumexp(**arguments)
+    result = torch.zeros(2, 3, 7, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="grad and result must be float64 of shape"):
+        torch.ops.m2d_ext.masked_logsumexp_backward(result, result, scores.detach(), mask, 1.0, False)

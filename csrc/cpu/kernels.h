@@ -82,4 +82,9 @@ void nested_cosines(const CosineParams<T>& params, double* cosines);
 template <class T>
 void nested_cosines_backward(const CosineParams<T>& params, const CosineGrads<T>& grads);
 
+// The logsumexp of scaled scores, and what its gradient is to the scores, contiguous; see logsumexp.cpp.
+void masked_logsumexp(const LogSumExpParams& params, double* result);
+void masked_logsumexp_backward(const LogSumExpParams& params, const double* result,
+                               const double* result_grad, double* scores_grad);
+
 }  // namespace m2d::cpu

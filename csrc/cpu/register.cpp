@@ -272,6 +272,32 @@ std::tuple<Tensor, Tensor> nested_cosines_backward_op(const Tensor& grad, const 
   return grads;
 }
 
+Tensor masked_logsumexp_op(const Tensor& scores, const std::optional<Tensor>& mask, double scale,
+                           bool over_rows) {
+  use_one_thread_after_fork();
+  const LogSumExpProblem problem = read_scores(scores, mask, scale, over_rows);
+  Tensor result = at::empty(problem.result, scores.options());
+  masked_logsumexp(problem.params, result.data_ptr<double>());
+  return result;
+}
+
+Tensor masked_logsumexp_backward_op(const Tensor& grad, const Tensor& result, const Tensor& scores,
+                                    const std::optional<Tensor>& mask, double scale,
+                                    bool over_rows) {
+  use_one_thread_after_fork();
+  const LogSumExpProblem problem = read_scores(scores, mask, scale, over_rows);
+  for (const Tensor& table : {grad, result}) {
+    TORCH_CHECK(table.sizes() == problem.result && table.scalar_type() == at::kDouble,
+                "grad and result must be float64 of shape ", at::IntArrayRef(problem.result),
+                ", got ", table.scalar_type(), " of shape ", table.sizes());
+  }
+  Tensor scores_grad = at::empty(scores.sizes(), scores.options());
+  masked_logsumexp_backward(problem.params, result.contiguous().const_data_ptr<double>(),
+                            grad.contiguous().const_data_ptr<double>(),
+                            scores_grad.data_ptr<double>());
+  return scores_grad;
+}
+
 }  // namespace
 }  // namespace m2d::cpu
 
@@ -287,4 +313,6 @@ TORCH_LIBRARY_IMPL(m2d_ext, CPU, m) {
   m.impl("pooled_loss", &m2d::cpu::pooled_loss_op);
   m.impl("nested_cosines", &m2d::cpu::nested_cosines_op);
   m.impl("nested_cosines_backward", &m2d::cpu::nested_cosines_backward_op);
+  m.impl("masked_logsumexp", &m2d::cpu::masked_logsumexp_op);
+  m.impl("masked_logsumexp_backward", &m2d::cpu::masked_logsumexp_backward_op);
 }

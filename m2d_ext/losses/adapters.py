@@ -26,6 +26,7 @@ from sentence_transformers.util import (
 )
 from torch import Tensor, nn
 
+from ..similarity import masked_logsumexp
 from .embed import Features, is_packed
 from .rows import Rows
 
@@ -123,35 +124,39 @@ def _rank_anchors(loss: Any, rows: Rows, blocks: dict[str, tuple[Tensor, Tensor]
     false = _false_negatives(rows, blocks, anchors)
     # What is never a candidate: a text itself among those of its own kind.
     excluded = {"query_to_query": own, "doc_to_doc": own_documents}
-    scores = []
-    for direction, similarities in _cosines_by_direction(rows, blocks, anchors):
-        score = similarities * loss.scale
+    sums = []
+    for direction, cosines, over_rows in _cosines_by_direction(rows, blocks, anchors):
+        mask = _either(excluded.get(direction), false.get(direction))
+        mask = mask.mT if over_rows and mask is not None else mask
+        scores, scale = cosines, loss.scale
         if direction == "query_to_doc":
+            positive = loss.scale * cosines.diagonal(rows.offset + anchors.start, -2, -1)  # of each anchor: (L, K, A)
             if _is_hardened(loss):
-                score = score.addcmul(similarities.detach(), _hardness_table(loss, own, own_documents).to(score))
-            positive = score.diagonal(rows.offset + anchors.start, -2, -1)  # of each anchor: (L, K, A)
-        for mask in (excluded.get(direction), false.get(direction)):
-            score = score if mask is None else score.masked_fill(mask, -torch.inf)
-        scores.append(score)
-    if loss.partition_mode == "joint" and len(scores) > 1:
-        scores = [torch.cat(scores, dim=-1)]
-    return torch.stack([score.logsumexp(-1) for score in scores]).mean(0) - positive
+                table = _hardness_table(loss, own, own_documents).to(cosines)
+                scores, scale = (cosines * loss.scale).addcmul(cosines.detach(), table), 1.0
+        sums.append(masked_logsumexp(scores, scale, mask, over_rows))
+    joined = torch.stack(sums)
+    return (joined.logsumexp(0) if loss.partition_mode == "joint" else joined.mean(0)) - positive
 
 
 def _cosines_by_direction(
     rows: Rows, blocks: dict[str, tuple[Tensor, Tensor]], anchors: slice
-) -> Iterator[tuple[str, Tensor]]:
-    """Of the blocks (L, K, A, M), in their order."""
+) -> Iterator[tuple[str, Tensor, bool]]:
+    """Of the blocks in their order, (L, K, A, M); or (L, K, M, A), and true, where the anchors are the columns."""
     all_own = rows.gathered is rows.columns and anchors == slice(0, rows.batch_size)
     to_documents = None
     for direction, (texts, others) in blocks.items():
         if direction == "doc_to_query" and all_own and to_documents is not None:
-            yield direction, to_documents[..., : rows.batch_size].mT  # the same pairs of rows
+            yield direction, to_documents[..., : rows.batch_size], True  # the same pairs of rows
             continue
-        similarities = rows.cosines(texts[:, anchors], others)
+        cosines = rows.cosines(texts[:, anchors], others)
         if direction == "query_to_doc":
-            to_documents = similarities
-        yield direction, similarities
+            to_documents = cosines
+        yield direction, cosines, False
+
+
+def _either(mask: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return mask | other if mask is not None and other is not None else mask if other is None else other
 
 
 def _false_negatives(rows: Rows, blocks: dict[str, tuple[Tensor, Tensor]], anchors: slice) -> dict[str, Tensor]:
@@ -354,15 +359,16 @@ def _gist(loss: Any, rows: Rows) -> Tensor:
     guided = loss.sim_matrix(guide_anchor, guide_positives)
     bound = guided[rows.own][:, None]
     bound = bound - (loss.margin if loss.margin_strategy == "absolute" else bound.abs() * loss.margin)
-    blocks = [rows.cosines(anchor, positives).masked_fill((guided > bound) & ~rows.own, -torch.inf)]
+    scale = 1 / loss.temperature
+    cosines = rows.cosines(anchor, positives)
+    targets = cosines.diagonal(rows.offset, -2, -1) * scale
+    sums = [masked_logsumexp(cosines, scale, (guided > bound) & ~rows.own)]
     wanted = [(anchor, anchor, guide_anchor, guide_anchor)] if loss.contrast_anchors else []
     wanted += [(positive, positives, guide_positive, guide_positives)] if loss.contrast_positives else []
     wanted += [(anchor, rows_, guide_anchor, guide) for rows_, guide in zip(negatives, guide_negatives, strict=True)]
     for a, b, guide_a, guide_b in wanted:
-        blocks.append(rows.cosines(a, b).masked_fill(loss.sim_matrix(guide_a, guide_b) > bound, -torch.inf))
-    scores = torch.cat(blocks, dim=-1) / loss.temperature
-    targets = blocks[0].masked_select(rows.own).unflatten(0, (*scores.shape[:2], -1)) / loss.temperature
-    return (scores.logsumexp(-1) - targets).mean(-1)
+        sums.append(masked_logsumexp(rows.cosines(a, b), scale, loss.sim_matrix(guide_a, guide_b) > bound))
+    return (torch.stack(sums).logsumexp(0) - targets).mean(-1)
 
 
 @torch.no_grad()
