@@ -490,6 +490,38 @@ POOLED_SHAPES = [
 @backends
 @pytest.mark.parametrize("gathered", [False, True])
 @pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("with_cells", [(0,), (1, 2), (0, 2), ()], ids=str)
+def test_layers_without_cells(backend: str, with_cells: tuple[int, ...], normalize: bool, gathered: bool) -> None:
+    """Their rows, gathered ones too, have the gradient of the KL alone, or 0."""
+    generator = torch.Generator().manual_seed(0)
+    pooled = torch.randn(3, 2 * 20, 8, generator=generator, dtype=torch.float64)
+    candidates = torch.randn(3, 45, 8, generator=generator, dtype=torch.float64)
+    options: dict[str, Any] = {
+        "num_columns": 2,
+        "dims": [3, 8],
+        "weights": [[1.0, 0.5] if layer in with_cells else [0.0, 0.0] for layer in range(3)],
+        "kl_weights": [0.7, 0.0, 0.0],
+        "normalize": normalize,
+    }
+    leaves = [pooled.requires_grad_(), *([candidates.requires_grad_()] if gathered else [])]
+    truth = oracle.loss_of_pooled(pooled, candidates if gathered else None, 25 if gathered else 0, **options)
+    loss = matryoshka_2d_loss_pooled(
+        pooled,
+        candidates=candidates if gathered else None,
+        target_offset=25 if gathered else 0,
+        backend=backend,
+        **options,
+    )
+    assert isinstance(loss, Tensor)
+    torch.testing.assert_close(loss, truth)
+    expected = torch.autograd.grad(truth, leaves, allow_unused=True, materialize_grads=True)
+    for grad, known in zip(torch.autograd.grad(loss, leaves), expected, strict=True):
+        torch.testing.assert_close(grad, known, rtol=1e-11, atol=1e-15)
+
+
+@backends
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("shape", POOLED_SHAPES, ids=str)
 def test_pooled(backend: str, shape: tuple[Any, ...], normalize: bool, gathered: bool) -> None:
     num_layers, batch, columns, num_candidates, width, dims = shape

@@ -476,10 +476,10 @@ class Steps {
 
   int64_t num_tasks(int64_t layer, int64_t step) const {
     const int64_t texts = Range::count(p_.num_texts, kTexts);
-    if (step == kRead) return texts + Range::count(e_.gathered(layer).count, kTexts);
+    if (step == kRead) return texts + num_gathered_tasks(layer);
     if (step == kCenter) return has_cells(layer) ? 1 : 0;
     if (step == kTeacher) return rows_.has_kl() && layer == p_.num_layers - 1 ? texts : 0;
-    if (step == outside_step()) return has_cells(layer) && !p_.gathered ? 0 : texts;
+    if (step == outside_step()) return num_outside_tasks(layer);
     if (step == write_step()) return tokens_.write ? texts : 0;
     if (!has_cells(layer)) return 0;
     const PartStep part_step = static_cast<PartStep>((step - kParts) % kPartSteps);
@@ -488,13 +488,24 @@ class Steps {
     return cells_.num_candidate_tasks();
   }
 
+  int64_t num_gathered_tasks(int64_t layer) const {
+    return Range::count(e_.gathered(layer).count, kTexts);
+  }
+
+  // Rows that meet no other: own and gathered ones of a layer without cells, and else, where there are gathered ones, own
+  // candidates.
+  int64_t num_outside_tasks(int64_t layer) const {
+    if (has_cells(layer)) return p_.gathered ? Range::count(p_.num_texts, kTexts) : 0;
+    return Range::count(p_.num_texts, kTexts) + num_gathered_tasks(layer);
+  }
+
   void run_task(const Task& task) const {
     const auto [layer, step, slot, index] = task;
     if (step == kRead) return read(layer, index);
     if (step == kCenter) return e_.compute_center(layer);
     const RowRange texts = texts_of(task);
     if (step == kTeacher) return rows_.compute_teacher(texts.first, texts.last);
-    if (step == outside_step()) return finish_outside(texts);
+    if (step == outside_step()) return finish_outside(layer, index);
     if (step == write_step()) return tokens_.write(texts);
     const PartStep part_step = static_cast<PartStep>((step - kParts) % kPartSteps);
     if (part_step == kRows) return cells_.rows(part(layer, slot, step), index);
@@ -530,12 +541,14 @@ class Steps {
     e_.compute_norms(e_.texts(texts.layer).part(texts.first, texts.last));
   }
 
-  // Rows that meet no other: all of a layer without cells, and own candidates where others were gathered.
-  void finish_outside(const RowRange& texts) const {
+  void finish_outside(int64_t layer, int64_t index) const {
     const Buffer<double> scratch(rows_.scratch_size());
-    const int64_t inside = has_cells(texts.layer) ? p_.num_anchors : 0;
-    for (int64_t n = std::max(texts.first, inside); n < texts.last; ++n)
-      rows_.template finish<T>(e_.texts(texts.layer), n, nullptr, scratch.get());
+    const int64_t of_gathered = index - Range::count(p_.num_texts, kTexts);
+    const Side<T> s = of_gathered < 0 ? e_.texts(layer) : e_.gathered(layer);
+    const Range range(of_gathered < 0 ? index : of_gathered, s.count, kTexts);
+    const int64_t inside = has_cells(layer) ? p_.num_anchors : 0;
+    for (int64_t n = std::max(range.first, inside); n < range.last; ++n)
+      rows_.template finish<T>(s, n, nullptr, scratch.get());
   }
 
   const Embeddings<T>& e_;
