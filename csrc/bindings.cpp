@@ -48,8 +48,7 @@ TORCH_LIBRARY(m2d_ext, m) {
   m.def(
       "nested_cosines_backward(Tensor grad, Tensor cosines, Tensor a, Tensor b, int[] dims, "
       "bool pairs, bool needs_a, bool needs_b) -> (Tensor, Tensor)");
-  m.def(
-      "masked_logsumexp(Tensor scores, Tensor? mask, float scale, bool over_rows) -> Tensor");
+  m.def("masked_logsumexp(Tensor scores, Tensor? mask, float scale, bool over_rows) -> Tensor");
   m.def(
       "masked_logsumexp_backward(Tensor grad, Tensor result, Tensor scores, Tensor? mask, "
       "float scale, bool over_rows) -> Tensor");

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, SupportsIndex, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
 from .grid import Grid
 from .pooling import MODES, packed_coefficients, padded_coefficients
@@ -100,7 +102,11 @@ def _read_layers(hidden_states: HiddenStates) -> list[list[Tensor]]:
         )
     if len(hidden_states) == 0:
         raise ValueError("hidden_states must hold at least one layer, got none")
-    layers = [[layer] if isinstance(layer, Tensor) else list(layer) for layer in hidden_states]
+    of = "tensors, or sequences of tensors"
+    layers = [
+        [layer] if isinstance(layer, Tensor) else _read_list(f"hidden_states[{i}]", layer, of)
+        for i, layer in enumerate(hidden_states)
+    ]
     for i, layer in enumerate(layers):
         if not layer or len(layer) != len(layers[0]):
             raise ValueError(
@@ -140,6 +146,9 @@ def _check_alike(layers: list[list[Tensor]], packed: bool) -> None:
 def _read_masks(attention_mask: Tensor | Sequence[Tensor] | None, blocks: list[Tensor]) -> list[Tensor]:
     if attention_mask is None:
         return [torch.ones(block.shape[:2], device=block.device) for block in blocks]
+    if not isinstance(attention_mask, (Tensor, Sequence)):
+        kind = type(attention_mask).__name__
+        raise TypeError(f"attention_mask must be a tensor, or one per tensor of a layer, got {kind}")
     masks = [attention_mask] if isinstance(attention_mask, Tensor) else list(attention_mask)
     if len(masks) != len(blocks):
         raise ValueError(f"attention_mask must be {len(blocks)} tensors as in each layer, got {len(masks)}")
@@ -213,11 +222,20 @@ def read_grid(
     if not (isinstance(weights, Tensor) or isinstance(kl_weights, Tensor) or torch.compiler.is_compiling()):
         # A training loop asks for the same thing in every step.
         # Numbers all: a tensor would be known by its identity, and not by its value.
-        weights = tuple(tuple(_read_number("weights", weight) for weight in row) for row in weights)
-        kl_weights = tuple(_read_number("kl_weights", weight) for weight in kl_weights)
+        weights = tuple(map(tuple, _read_rows("weights", weights)))
+        kl_weights = tuple(_read_numbers("kl_weights", kl_weights))
         options = {name: _read_number(name, value) for name, value in options.items()}
         read = _read_weights_once
-    return read(num_layers, num_columns, dims, weights, kl_weights, **options)
+    grid, layers, active = read(num_layers, num_columns, dims, weights, kl_weights, **options)
+    return _of_this_mode(grid), layers, _of_this_mode(active)
+
+
+def _of_this_mode(grid: Grid) -> Grid:
+    """With tables that the operators take where tensors only say what they would be."""
+    mode = None if torch.compiler.is_compiling() else _get_current_dispatch_mode()
+    if not isinstance(mode, FakeTensorMode):
+        return grid
+    return grid._replace(weights=mode.from_tensor(grid.weights), kl_weights=mode.from_tensor(grid.kl_weights))
 
 
 def _read_weights(
@@ -255,7 +273,8 @@ def _read_weights(
 
 @functools.lru_cache(maxsize=64)
 def _read_weights_once(*shape_and_weights: Any, **options: Any) -> tuple[Grid, list[int], Grid]:
-    with torch.inference_mode(False):  # kept for steps that save the tensors for their backward
+    # Kept for other steps: those that save the tensors for their backward, and those that no mode traces.
+    with torch.inference_mode(False), _disable_current_modes():
         return _read_weights(*shape_and_weights, **options)
 
 
@@ -271,6 +290,7 @@ def _check_columns(num_columns: int, num_texts: int) -> None:
 
 
 def _read_dims(dims: Sequence[int], width: int) -> tuple[int, ...]:
+    dims = _read_list("dims", dims, "a sequence of ints")
     if len(dims) == 0:
         raise ValueError("dims must hold at least one dimension, got none")
     # int first: asking a protocol takes longer than all else here.
@@ -282,6 +302,24 @@ def _read_dims(dims: Sequence[int], width: int) -> tuple[int, ...]:
     if dims[-1] > width:
         raise ValueError(f"dims must not exceed the width {width}, got {list(dims)}")
     return dims
+
+
+def _read_list(name: str, values: Any, of: str) -> list[Any]:
+    """TypeError where they cannot be iterated over, of which there must be ``of``."""
+    try:
+        return list(values)
+    except TypeError:
+        raise TypeError(f"{name} must be {of}, got {values!r}") from None
+
+
+def _read_numbers(name: str, values: Any) -> list[float]:
+    return [_read_number(name, value) for value in _read_list(name, values, "a sequence of numbers")]
+
+
+def _read_rows(name: str, table: Any) -> list[list[float]]:
+    of = "a sequence of sequences of numbers"
+    rows = [_read_list(name, row, of) for row in _read_list(name, table, of)]
+    return [_read_numbers(name, row) for row in rows]
 
 
 def _read_number(name: str, value: Any) -> float:
@@ -311,12 +349,14 @@ def _read_table(name: str, table: Any, shape: tuple[int, ...]) -> Tensor:
     if isinstance(table, Tensor):
         if table.device.type != "cpu" or table.requires_grad:
             raise ValueError(f"{name} must be a CPU tensor without gradient, got one on {table.device}")
+        if table.is_complex():
+            raise TypeError(f"{name} must be real, got {table.dtype}")
         if tuple(table.shape) != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(table.shape)}")
         if not _is_traced(table) and not bool(table.isfinite().all()):
             raise ValueError(f"{name} must be finite, got {table.tolist()}")
         return table.to(torch.float64).contiguous()
-    rows = [list(row) for row in table] if len(shape) == 2 else [list(table)]
+    rows = _read_rows(name, table) if len(shape) == 2 else [_read_numbers(name, table)]
     found = (len(rows), *sorted({len(row) for row in rows})) if len(shape) == 2 else (len(rows[0]),)
     if found != shape:
         raise ValueError(f"{name} must have shape {shape}, got rows of lengths {[len(row) for row in rows]}")
@@ -352,6 +392,8 @@ def check_pooled(pooled: Tensor, candidates: Tensor | None, target_offset: int, 
             raise TypeError(f"candidates must have pooled's dtype {pooled.dtype}, got {candidates.dtype}")
         if candidates.device != pooled.device:
             raise ValueError(f"candidates must be on pooled's device {pooled.device}, got {candidates.device}")
+    if not isinstance(target_offset, int) or isinstance(target_offset, bool):
+        raise TypeError(f"target_offset must be an int, got {type(target_offset).__name__}")
     if not 0 <= target_offset <= num_candidates - num_anchors:
         raise ValueError(
             f"target_offset must be in 0..{num_candidates - num_anchors}, so that each of the {num_anchors} anchors "

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -19,30 +20,36 @@ from . import ops
 from .deferred import DeferredGradients
 from .grid import Grid
 
-NO_SECOND_DERIVATIVE = "the gradient of m2d_ext's loss cannot be differentiated again (create_graph=True)"
+NO_SECOND_DERIVATIVE = "the gradients of m2d_ext's losses cannot be differentiated again (create_graph=True)"
 
 
 def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """For a ``backward`` whose results depend on the inputs through constants: differentiating them again raises.
+    """For a ``backward`` whose results depend on the inputs through constants: it refuses to be recorded.
 
-    torch's ``once_differentiable`` raises only where the incoming gradient has a history, and that of a loss is 1.
+    torch's ``once_differentiable`` raises only where the incoming gradient has a history, and that of a loss is 1; and
+    only on the way back to the gradient's own inputs, which ``autograd.grad`` need not take.
     """
     once = once_differentiable(backward)
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *grads: Tensor | None) -> Any:
-        results = once(ctx, *grads)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return results
-        results = results if isinstance(results, tuple) else (results,)
-        raising: Callable[..., Any] = torch._C._functions.DelayedError(NO_SECOND_DERIVATIVE.encode(), len(results))
-        return raising(*(None if r is None else r.detach().requires_grad_() for r in results))
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(NO_SECOND_DERIVATIVE)
+        return once(ctx, *grads)
 
     return wrapper
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    """Whether autograd has to know, which says for itself that there is no forward mode."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+        return True
+    return not torch.compiler.is_compiling() and any(_has_tangent(tensor) for tensor in given)
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def _needed_layers(needed: Sequence[bool], blocks: int) -> list[int]:
@@ -221,7 +228,7 @@ class _Pool(torch.autograd.Function):
         return ops.pool(_flat(states, cu_seqlens), coefficients, cu_seqlens)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad_pooled: Tensor) -> Any:
         return (None, None, None, *_scatter_now(ctx, grad_pooled.contiguous(), None, ctx.needs_input_grad[3:]))
 
@@ -259,7 +266,7 @@ class _MaxPool(torch.autograd.Function):
         return pooled
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad_pooled: Tensor) -> Any:
         (indices,) = ctx.saved_tensors
         needed, blocks = ctx.needs_input_grad[2:], len(ctx.coefficients)

@@ -11,7 +11,7 @@ Li et al., "2D Matryoshka Sentence Embeddings", arXiv:2402.14776.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -25,6 +25,42 @@ __all__ = ["matryoshka_2d_loss", "matryoshka_2d_loss_pooled", "pool_layers"]
 LossAndCells = tuple[Tensor, Tensor, Tensor]
 
 
+@overload
+def matryoshka_2d_loss(
+    hidden_states: HiddenStates,
+    attention_mask: Tensor | Sequence[Tensor] | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    num_columns: int = 2,
+    dims: Sequence[int],
+    weights: Weights,
+    kl_weights: Sequence[float] | Tensor | None = None,
+    kl_temperature: float = 0.3,
+    scale: float = 20.0,
+    pooling: str = "mean",
+    normalize: bool = False,
+    deferred: bool = False,
+    backend: str = "auto",
+    return_cells: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def matryoshka_2d_loss(
+    hidden_states: HiddenStates,
+    attention_mask: Tensor | Sequence[Tensor] | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    num_columns: int = 2,
+    dims: Sequence[int],
+    weights: Weights,
+    kl_weights: Sequence[float] | Tensor | None = None,
+    kl_temperature: float = 0.3,
+    scale: float = 20.0,
+    pooling: str = "mean",
+    normalize: bool = False,
+    deferred: bool = False,
+    backend: str = "auto",
+    return_cells: Literal[True],
+) -> LossAndCells: ...
 def matryoshka_2d_loss(
     hidden_states: HiddenStates,
     attention_mask: Tensor | Sequence[Tensor] | None = None,
@@ -89,6 +125,38 @@ def matryoshka_2d_loss(
     return results if return_cells else results[0]
 
 
+@overload
+def matryoshka_2d_loss_pooled(
+    pooled: Tensor,
+    *,
+    candidates: Tensor | None = None,
+    target_offset: int = 0,
+    num_columns: int = 2,
+    dims: Sequence[int],
+    weights: Weights,
+    kl_weights: Sequence[float] | Tensor | None = None,
+    kl_temperature: float = 0.3,
+    scale: float = 20.0,
+    normalize: bool = False,
+    backend: str = "auto",
+    return_cells: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def matryoshka_2d_loss_pooled(
+    pooled: Tensor,
+    *,
+    candidates: Tensor | None = None,
+    target_offset: int = 0,
+    num_columns: int = 2,
+    dims: Sequence[int],
+    weights: Weights,
+    kl_weights: Sequence[float] | Tensor | None = None,
+    kl_temperature: float = 0.3,
+    scale: float = 20.0,
+    normalize: bool = False,
+    backend: str = "auto",
+    return_cells: Literal[True],
+) -> LossAndCells: ...
 def matryoshka_2d_loss_pooled(
     pooled: Tensor,
     *,

@@ -199,7 +199,8 @@ def _empty_loss(rows: Tensor, num_layers: int, num_dims: int) -> tuple[Tensor, T
 
 
 def _num_texts(coefficients: Sequence[Tensor], cu_seqlens: Tensor | None) -> int:
-    return sum(len(a) for a in coefficients) if cu_seqlens is None else len(cu_seqlens) - 1
+    # Of traced tensors, `len` would make a constant of the batch size.
+    return sum(a.shape[0] for a in coefficients) if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 def computes_cosines(rows: Tensor) -> bool:

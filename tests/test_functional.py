@@ -15,6 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
 
 import m2d_ext
 import oracle
@@ -672,12 +675,67 @@ SECOND_DERIVATIVES = {
 
 @pytest.mark.skipif(not COMPILED, reason="no extension")
 @pytest.mark.parametrize("name", SECOND_DERIVATIVES)
-def test_second_derivatives_are_right_or_refused(name: str) -> None:
-    """The gradient of a loss is asked for by a 1 that has no history."""
+def test_second_derivatives_are_refused(name: str) -> None:
+    """However they are asked for: a part that is missing from a gradient penalty, or from a Hessian, is not seen."""
+    loss = SECOND_DERIVATIVES[name]
     x = torch.randn(4, 6, 8, dtype=torch.float64, requires_grad=True)
-    (grad,) = torch.autograd.grad(SECOND_DERIVATIVES[name](x), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"create_graph|differentiate twice"):
-        grad.square().sum().backward()
+    for value in (loss(x), 2 * loss(x) + x.square().sum()):
+        with pytest.raises(RuntimeError, match="create_graph"):
+            torch.autograd.grad(value, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.functional.hvp(loss, x.detach(), torch.ones_like(x))
+
+
+@pytest.mark.skipif(not COMPILED, reason="no extension")
+@pytest.mark.parametrize("name", [*SECOND_DERIVATIVES, "maximum"])
+def test_forward_mode_is_refused(name: str) -> None:
+    """A tangent that no operator hands on would be a derivative of 0."""
+    loss = (SECOND_DERIVATIVES | {"maximum": lambda x: pool_layers([x], pooling="max").sum()})[name]
+    x, tangent = torch.randn(2, 4, 6, 8, dtype=torch.float64)
+    with forward_ad.dual_level():
+        loss(x)  # one that asks for nothing
+        with pytest.raises(NotImplementedError, match="jvp"):
+            loss(forward_ad.make_dual(x, tangent))
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.jvp(loss, (x,), (tangent,))
+
+
+@pytest.mark.skipif(not COMPILED, reason="no extension")
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_batch_sizes_are_compiled_once(packed: bool, pooling: str) -> None:
+    """After the first, which is taken for a constant."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def compiled(state: Tensor, offsets: Tensor | None) -> Tensor:
+        return matryoshka_2d_loss([state], cu_seqlens=offsets, pooling=pooling, dims=[2, 8], weights=[[1.0, 1.0]])
+
+    for batch in range(4, 24, 4):
+        offsets = torch.arange(0, 3 * batch + 1, 3) if packed else None
+        state = torch.randn(3 * batch, 8) if packed else torch.randn(batch, 3, 8)
+        expected = matryoshka_2d_loss([state], cu_seqlens=offsets, pooling=pooling, dims=[2, 8], weights=[[1.0, 1.0]])
+        torch.testing.assert_close(compiled(state.requires_grad_(), offsets), expected)
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.skipif(not COMPILED, reason="no extension")
+@pytest.mark.parametrize("fake_first", [False, True])
+def test_fake_tensors(fake_first: bool) -> None:
+    """Estimates of memory, say; what is kept of the weights serves both kinds of steps."""
+    grid: dict[str, Any] = {"dims": [2, 8], "weights": [[0.321, 1.0 + fake_first]], "kl_weights": [0.0]}
+    state = torch.randn(4, 3, 8)
+    for is_fake in (fake_first, not fake_first):
+        if not is_fake:
+            assert matryoshka_2d_loss([state], **grid).isfinite()
+            continue
+        with FakeTensorMode() as mode:
+            fake = mode.from_tensor(state).requires_grad_()
+            loss = matryoshka_2d_loss([fake], **grid)
+            (grad,) = torch.autograd.grad(loss, fake)
+        assert isinstance(loss, FakeTensor)
+        assert (loss.shape, grad.shape) == ((), state.shape)
 
 
 def test_offsets_changed_after_the_forward() -> None:
@@ -749,6 +807,27 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "kl_weights of the teacher": ({"kl_weights": [1, 1]}, ValueError, "kl_weights must be 0 for the final layer"),
     "kl_weights not finite": ({"kl_weights": [math.inf, 0]}, ValueError, "kl_weights must be finite"),
     "temperature": ({"kl_temperature": 0}, ValueError, "kl_temperature must be positive and finite, got 0.0"),
+    "dims one number": ({"dims": 4}, TypeError, "dims must be a sequence of ints, got 4"),
+    "weights flat": (
+        {"weights": [1.0, 1.0]},
+        TypeError,
+        "weights must be a sequence of sequences .* got 1.0",
+    ),
+    "weights none": ({"weights": None}, TypeError, "weights must be a sequence of sequences of numbers, got None"),
+    "weights complex": ({"weights": torch.ones(2, 2, dtype=torch.cfloat)}, TypeError, "weights must be real"),
+    "weights words beside a tensor": (
+        {"weights": [["a", "b"]] * 2, "kl_weights": torch.zeros(2)},
+        TypeError,
+        "weights must be a number, got 'a'",
+    ),
+    "kl_weights one number": ({"kl_weights": 1.0}, TypeError, "kl_weights must be a sequence of numbers, got 1.0"),
+    "states of no tensors": (
+        {"hidden_states": [1, 2]},
+        TypeError,
+        r"hidden_states\[0\] must be tensors, or seq",
+    ),
+    "mask a number": ({"attention_mask": 5}, TypeError, "attention_mask must be a tensor, or one .* got int"),
+    "mask of numpy": ({"attention_mask": np.ones((4, 3))}, TypeError, "attention_mask must be .* got ndarray"),
     "weights learned": (
         {"weights": [[torch.ones((), requires_grad=True), 1], [1, 1]]},
         ValueError,
@@ -824,6 +903,7 @@ BAD_POOLED = {
     "candidate width": ({"candidates": torch.randn(1, 4, 7)}, ValueError, r"candidates must have shape \(1, 'M', 8\)"),
     "candidate dtype": ({"candidates": torch.randn(1, 4, 8).double()}, TypeError, "candidates must have pooled's"),
     "offset": ({"target_offset": 1}, ValueError, r"target_offset must be in 0\.\.0"),
+    "offset not an int": ({"target_offset": 0.0}, TypeError, "target_offset must be an int, got float"),
     "negative offset": ({"target_offset": -1}, ValueError, "target_offset must be in"),
 }
 

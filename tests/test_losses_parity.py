@@ -367,6 +367,13 @@ def test_encoders_that_depend_on_padding(architecture: str, wrapper: str, monkey
     check(wrapper, configuration, dtype=torch.float64, tolerance=1e-9)
 
 
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_encoders_whose_states_differ_in_length(wrapper: str) -> None:
+    configuration = Configuration(architecture="funnel", lengths=THREE_COLUMNS, arguments=ALL_CELLS)
+    comparison = check(wrapper, configuration, dtype=torch.float64, tolerance=1e-9)
+    assert ["funnel encoder differ in length" in line for line in comparison.fallbacks] == [True]
+
+
 @pytest.mark.usefixtures("expect_fused")
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -141,6 +141,60 @@ def test_another_number_of_states(returned: int, match: str, dense: int | None, 
     loss(columns_of(model, (4, 4)), None).backward()
 
 
+@pytest.mark.parametrize("mini_batch_size", [None, 2])
+@pytest.mark.parametrize("dense", [None, HIDDEN])
+def test_an_encoder_that_returns_no_states(dense: int | None, mini_batch_size: int | None) -> None:
+    """As sentence-transformers, which lacks a key then: the final layer alone is not what was asked for."""
+    model = tiny_model(num_layers=LAYERS, dense=dense)
+    encoder = model[0].auto_model
+    forward = encoder.forward
+
+    def silent(**inputs: Any) -> Any:
+        return forward(**inputs | {"output_hidden_states": False})
+
+    encoder.forward = silent
+    with pytest.raises(RuntimeError, match="the encoder returned no hidden states"):
+        loss_of(model, mini_batch_size=mini_batch_size)(columns_of(model, (4, 4)), None)
+    dims = m2d_ext.MatryoshkaLoss(model, MultipleNegativesRankingLoss(model), [HIDDEN, 8])
+    assert dims(columns_of(model, (4, 4)), None).isfinite()  # which needs none
+
+
+@pytest.mark.parametrize(("lengths", "shapes"), [((8, 8), [(6, 10)]), ((24, 8), [(3, 26), (3, 10)])], ids=str)
+def test_columns_without_a_mask_are_not_padded(lengths: tuple[int, ...], shapes: list[tuple[int, int]]) -> None:
+    """The padding would count as tokens."""
+    model = tiny_model().double()
+    columns = columns_of(model, (max(lengths), min(lengths)))
+    for column, length in zip(columns, lengths, strict=True):
+        del column["attention_mask"]
+        assert column["input_ids"].shape == (3, length + 2)
+    recorder = Recorder(model)
+    value = loss_of(model, n_dims_per_step=-1)(columns, None)
+    assert recorder.shapes == shapes
+    theirs = st_losses.Matryoshka2dLoss(
+        model, MultipleNegativesRankingLoss(model), [HIDDEN, 8], n_layers_per_step=-1, n_dims_per_step=-1
+    )
+    torch.testing.assert_close(value, theirs(columns, None).to(value), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("wrapper", ["MatryoshkaLoss", "AdaptiveLayerLoss", "Matryoshka2dLoss"])
+@pytest.mark.parametrize("modules", [{}, {"dense": HIDDEN}, {"normalize": True}], ids=str)
+def test_compiled_loss(modules: dict[str, Any], wrapper: str) -> None:
+    """What replaces modules' forward runs as it is; a model inside that is compiled stays so."""
+    torch._dynamo.reset()
+    model = tiny_model(**modules)
+    columns = columns_of(model, (4, 9))
+    dims = [] if wrapper == "AdaptiveLayerLoss" else [[HIDDEN, 8]]
+    loss = getattr(m2d_ext, wrapper)(model, MultipleNegativesRankingLoss(model), *dims)
+    compiled = torch.compile(loss, backend="eager")
+    values = []
+    for step in (loss, compiled):
+        random.seed(0)
+        values.append(step(columns, None))
+    values[1].backward()
+    torch.testing.assert_close(*values)
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
 @pytest.mark.parametrize(
     ("lengths", "shapes"),
     [

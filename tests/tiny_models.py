@@ -210,8 +210,41 @@ def yoso_config(hidden: int, num_layers: int, dropout: float) -> PretrainedConfi
     return transformers.YosoConfig(**sizes, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
 
 
+def nystromformer_config(hidden: int, num_layers: int, dropout: float) -> PretrainedConfig:
+    sizes = _encoder_sizes(hidden, num_layers) | {"segment_means_seq_len": MAX_LENGTH, "num_landmarks": 8}
+    return transformers.NystromformerConfig(
+        **sizes, conv_kernel_size=3, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout
+    )
+
+
 # Whose states of a text depend on how far it is padded.
-PADDING_CONFIGS = {"fnet": fnet_config, "convbert": convbert_config, "yoso": yoso_config}
+PADDING_CONFIGS = {
+    "fnet": fnet_config,
+    "convbert": convbert_config,
+    "yoso": yoso_config,
+    "nystromformer": nystromformer_config,
+}
+
+
+def funnel_config(hidden: int, num_layers: int, dropout: float) -> PretrainedConfig:
+    return transformers.FunnelConfig(
+        vocab_size=VOCAB_SIZE,
+        d_model=hidden,
+        n_head=2,
+        d_head=hidden // 2,
+        d_inner=2 * hidden,
+        block_sizes=[1] * num_layers,
+        num_decoder_layers=1,
+        hidden_dropout=dropout,
+        attention_dropout=dropout,
+        activation_dropout=dropout,
+    )
+
+
+# Whose later states have fewer tokens.
+SHORTENING_CONFIGS = {"funnel": funnel_config}
+
+ALL_CONFIGS = CONFIGS | MORE_CONFIGS | PADDING_CONFIGS | SHORTENING_CONFIGS
 
 
 @functools.cache
@@ -223,7 +256,7 @@ def _transformer(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config = (CONFIGS | MORE_CONFIGS | PADDING_CONFIGS)[architecture](hidden, num_layers, dropout)
+        config = ALL_CONFIGS[architecture](hidden, num_layers, dropout)
         model = transformers.AutoModel.from_config(config)
         _perturb_norms_and_biases(model)
     # The module only loads from a folder; a saved model is also what a user's own script would give it.

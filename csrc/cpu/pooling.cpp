@@ -272,7 +272,8 @@ void scatter_max_text(const Acc* pooled_grad, const int32_t* indices, int64_t nu
                       int64_t dim, Scalar* tokens) {
   std::fill_n(tokens, num_tokens * dim, Scalar(0));
   for (int64_t d = 0; d < dim; ++d) {
-    if (indices[d] >= 0) tokens[indices[d] * dim + d] = static_cast<Scalar>(pooled_grad[d]);
+    const int64_t t = indices[d];
+    if (t >= 0 && t < num_tokens) tokens[t * dim + d] = static_cast<Scalar>(pooled_grad[d]);
   }
 }
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
+import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses.gradcache import uses_gradient_cache
 from sentence_transformers.base.model import BaseModel
@@ -152,6 +153,7 @@ class AdaptiveLayerLoss(nn.Module):
             return 1.0 / (1 + layer_idx)
         return 1.0
 
+    @torch.compiler.disable  # it replaces modules' forward for a call; a compiled model inside stays compiled
     def forward(self, sentence_features: Iterable[Features], labels: Tensor) -> Tensor | dict[str, Tensor]:
         """The loss of one batch.
 

@@ -29,8 +29,11 @@ MERGED_TOKENS = 50
 MERGED_SHARE = 0.1
 
 # Types of encoders whose states of a text depend on how far it is padded, whatever the attention mask says: they mix,
-# convolve or hash all positions, or lay blocks of them. Their columns share a call only where they are of one width.
-PADDING_SENSITIVE = frozenset({"big_bird", "bigbird_pegasus", "convbert", "fnet", "reformer", "yoso"})
+# convolve or hash all positions, lay blocks of them, or read the next one's embedding. Their columns share a call only
+# where they are of one width.
+PADDING_SENSITIVE = frozenset(
+    {"big_bird", "bigbird_pegasus", "convbert", "fnet", "mobilebert", "nystromformer", "reformer", "yoso"}
+)
 
 
 @contextmanager
@@ -210,7 +213,7 @@ def pool_all_layers(
 
 
 def _num_states(output: Features) -> int:
-    """How many hidden states the encoder has; one without layers returns none."""
+    """How many hidden states the encoder returned; one without layers returns none, and is its final state's."""
     return max(1, len(output.get("all_layer_embeddings", ())))
 
 
@@ -231,6 +234,11 @@ def _pass_on(features: Features, **_: Any) -> Features:
 
 def _states(output: Features, earlier: Sequence[int] | None, norm: nn.Module | None) -> list[Tensor]:
     final = output["token_embeddings"]
+    if (earlier is None or earlier) and "all_layer_embeddings" not in output:
+        raise RuntimeError(
+            "the encoder returned no hidden states, though its output_hidden_states asks for them: there are no "
+            "earlier layers to train"
+        )
     num_earlier = _num_states(output) - 1
     earlier = range(num_earlier) if earlier is None else earlier
     if any(layer >= num_earlier for layer in earlier):
@@ -248,7 +256,12 @@ def merged_candidates(columns: Sequence[Features]) -> list[Features]:
 
 def depends_on_padding(model: Any) -> bool:
     """Whether what the model makes of a text depends on the width of its batch."""
-    return getattr(model[0].auto_model.config, "model_type", None) in PADDING_SENSITIVE
+    return model_type(model) in PADDING_SENSITIVE
+
+
+def model_type(model: Any) -> str | None:
+    """The encoder's, by transformers' name; None where its configuration has none."""
+    return getattr(model[0].auto_model.config, "model_type", None)
 
 
 def merged_alike(columns: Sequence[Features], may_pad: bool = True) -> list[Features]:
@@ -268,7 +281,8 @@ def _is_alike(columns: Sequence[Features], may_pad: bool) -> bool:
         return False
     own = sum(each.numel() for each in ids)
     padding = max(each.shape[-1] for each in ids) * sum(len(each) for each in ids) - own
-    if padding > 0 and not may_pad:
+    # Without a mask, padding would count as tokens.
+    if padding > 0 and not (may_pad and all("attention_mask" in column for column in columns)):
         return False
     return padding <= (MERGED_TOKENS if ids[0].device.type == "cpu" else MERGED_SHARE * own)
 

@@ -137,6 +137,7 @@ class MatryoshkaLoss(nn.Module):
             weights[self.matryoshka_dims[index]] += float(self.matryoshka_weights[index])
         return list(weights.values())
 
+    @torch.compiler.disable  # it replaces modules' forward for a call; a compiled model inside stays compiled
     def forward(self, sentence_features: Iterable[Features], labels: Tensor) -> Tensor:
         """The loss of one batch.
 

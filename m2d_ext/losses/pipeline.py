@@ -14,7 +14,7 @@ from torch import nn
 
 from . import adapters, fallback
 from .cached import uncached
-from .embed import Features, after_pooling, is_packed, pooling_of
+from .embed import Features, after_pooling, is_packed, model_type, pooling_of
 from .recipe import is_trained
 
 # What only the reference loop reads from a batch.
@@ -22,6 +22,9 @@ UNFUSED_FEATURES = ("token_weights_sum", "cls_token_embeddings")
 
 # The reason where a column is longer or shorter than the others: rows are cut into columns of one length.
 RAGGED = "the columns have different numbers of texts"
+
+# Types of encoders whose later layers have fewer tokens than the earlier ones: one mask does not fit them all.
+SHORTENING = frozenset({"funnel"})
 
 # What may follow the pooling: it works on each row by itself.
 ROW_MODULES = (Dense, LayerNorm, Normalize)
@@ -134,6 +137,8 @@ def why_not_model(model: Any) -> str | None:
         return "the model does not start with Transformer and Pooling"
     if getattr(modules[0], "module_output_name", "token_embeddings") != "token_embeddings":
         return "the Transformer does not return token embeddings"
+    if model_type(model) in SHORTENING:
+        return f"the hidden states of a {model_type(model)} encoder differ in length"
     after = after_pooling(model)
     others = [type(module).__name__ for module in after if type(module) not in ROW_MODULES]
     if others:
