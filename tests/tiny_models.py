@@ -211,7 +211,7 @@ def yoso_config(hidden: int, num_layers: int, dropout: float) -> PretrainedConfi
 
 
 def nystromformer_config(hidden: int, num_layers: int, dropout: float) -> PretrainedConfig:
-    sizes = _encoder_sizes(hidden, num_layers) | {"segment_means_seq_len": MAX_LENGTH, "num_landmarks": 8}
+    sizes = _encoder_sizes(hidden, num_layers) | {"segment_means_seq_len": MAX_LENGTH, "num_landmarks": MAX_LENGTH}
     return transformers.NystromformerConfig(
         **sizes, conv_kernel_size=3, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout
     )
@@ -238,6 +238,7 @@ def funnel_config(hidden: int, num_layers: int, dropout: float) -> PretrainedCon
         hidden_dropout=dropout,
         attention_dropout=dropout,
         activation_dropout=dropout,
+        architectures=["FunnelModel"],
     )
 
 

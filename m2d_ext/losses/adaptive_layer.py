@@ -69,8 +69,9 @@ class AdaptiveLayerLoss(nn.Module):
             al., "Qwen3 Embedding", arXiv:2506.05176, take 0.1.
         final_norm: "apply" gives the earlier layers the encoder's final norm, if it has one: a pre-norm model that is
             cut to fewer layers applies it, so that this trains what will be served. "skip": as sentence-transformers.
-        log_cells: return a dict of the weighted losses of all cells and KLs, which a Trainer adds up and logs. Not in
-            the reference loop, which returns their sum alone.
+        log_cells: return a dict of the weighted losses of all cells and KLs, which a Trainer adds up and logs as means
+            over all steps: one that does not draw a cell counts as 0 there. Not in the reference loop, which returns
+            their sum alone.
         deferred: whether the earlier layers' gradients are added where autograd brings those layers' own, which takes
             less memory and time for the same values; wherever that cannot be, they are dense all the same.
         mini_batch_size: embed so many texts of a column at a time, twice, and keep the activations of no more
