@@ -168,8 +168,8 @@ def train(
         print(json.dumps(facts | {name: grid.to_json() for name, grid in grids.items()}, indent=1))
         return
     for name, grid in grids.items():
-        Console().print(_grid_table(grid, f"{name}: "))
-    Console().print(f"mean loss {trained.loss:.4f}; model in {output}")
+        _print(_grid_table(grid, f"{name}: "))
+    print(f"mean loss {trained.loss:.4f}; model in {output}")
 
 
 @app.command(
@@ -389,7 +389,17 @@ def _show(as_json: bool, data: dict[str, Any], table: Callable[[], Table]) -> No
     if as_json:
         print(json.dumps(data, indent=1))
     else:
-        Console().print(table())
+        _print(table())
+
+
+def _print(table: Table) -> None:
+    """With whole figures: if need be set tightly, and then in lines longer than the terminal's, which it wraps."""
+    console = Console(markup=False, emoji=False)  # a path may hold [brackets] or :colons:
+    unlimited = console.options.update(max_width=sys.maxsize)
+    if console.measure(table, options=unlimited).maximum > console.width:
+        table.padding = 0
+    console.width = max(console.width, console.measure(table, options=unlimited).maximum)
+    console.print(table)
 
 
 def _grid_table(grid: Grid, title: str = "") -> Table:

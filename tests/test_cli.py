@@ -34,11 +34,11 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """``run(*arguments)``: the exit code, stdout and stderr."""
+    """``run(*arguments, columns=…)``: the exit code, stdout and stderr, on a console so wide."""
 
-    def run_command(*arguments: object) -> tuple[int, str, str]:
+    def run_command(*arguments: object, columns: str = "160") -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["m2d", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "160")
+        monkeypatch.setenv("COLUMNS", columns)
         capsys.readouterr()
         code = 0
         try:
@@ -124,6 +124,32 @@ def test_from_grid_to_cut_model(run: Run, model: Path, data: Path, tmp_path: Pat
     code, out, _ = run("cut", model, "--dim", 4, tmp_path / "smaller")
     assert code == 0
     assert "dimensions" in out
+
+
+def test_tables_have_whole_figures(run: Run, model: Path, data: Path, tmp_path: Path) -> None:
+    dims = range(3, 23)
+    options = ["--data", data, "--dims", ",".join(map(str, dims)), "--output", tmp_path / "grid.json"]
+    code, out, _ = run("grid", model, *options, columns="80")
+    assert code == 0
+    grid = Grid.read(tmp_path / "grid.json")
+    assert "…" not in out
+    assert all(f"│{grid.score(layer, dim):.4f}" in out for layer in grid.layers for dim in dims)
+
+
+def test_a_table_is_set_tightly_where_it_does_not_fit(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    grid = Grid([1], [2048, 1024, 512, 256, 128, 64, 32, 16], [[0.5] * 8], "ndcg")
+    for columns, row in ((82, "│ 0.5000 │ 0.5000 │"), (81, "│0.5000│0.5000│")):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        cli._print(cli._grid_table(grid))
+        assert row in capsys.readouterr().out
+
+
+def test_paths_are_no_markup(run: Run, model: Path, pairs: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(training, "train", lambda *_, **__: training.Trained(1.5))
+    for name in ("one[v2]", "[bold]x:cat:"):
+        assert name in run("cut", model, "--dim", 4, name)[1]
+        assert f"model in new{name}\n" in run("train", model, f"new{name}", "--data", pairs)[1]
 
 
 @pytest.fixture(scope="module")
