@@ -1,6 +1,7 @@
 """The command line: train a model, evaluate its grid, profile it, choose a cell, cut the model to it."""
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,9 @@ except ImportError:
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-INTERRUPTED = 130  # as shells have it: 128 and the number of the signal
+# As shells have it: 128 and the number of the signal.
+INTERRUPTED = 130
+TERMINATED = 143
 
 Model = Annotated[str, typer.Argument(help="A SentenceTransformer: a folder or a name.", show_default=False)]
 Dims = Annotated[str | None, typer.Option(help="As 384,128.", show_default="the model's and its halves")]
@@ -50,6 +53,10 @@ class KLTarget(str, Enum):
 
 class Refusal(Exception):
     """Bad input: one line, and exit code 2."""
+
+
+class Terminated(BaseException):
+    """SIGTERM. As for KeyboardInterrupt, no ``except Exception`` on its way takes it for an error."""
 
 
 @app.callback(invoke_without_command=True)
@@ -284,11 +291,14 @@ def main() -> None:
     try:
         # Typer's own messages for what it refuses by itself. Its versions return the code of an exit, or raise it; and
         # of an interrupt they make an exit or an abort, or let it pass.
-        code = app(standalone_mode=False)
+        with _sigterm_raised():
+            code = app(standalone_mode=False)
     except typer.Exit as done:
         code = done.exit_code
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
+    except Terminated:
+        _fail("terminated", TERMINATED)
     except (Refusal, ValueError, ImportError) as error:
         _fail(str(error), 2)
     except (OSError, SafetensorError) as error:
@@ -302,6 +312,20 @@ def main() -> None:
         _fail("interrupted", INTERRUPTED)
     if code:
         raise SystemExit(code)
+
+
+@contextmanager
+def _sigterm_raised() -> Iterator[None]:
+    """SIGTERM by itself ends Python on the spot, and leaves half-written folders behind."""
+
+    def terminate(*_: object) -> NoReturn:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(message: str, code: int) -> NoReturn:

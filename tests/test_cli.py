@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import os
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -357,6 +359,31 @@ def test_an_interrupt_of_a_command(run: Run, model: Path, monkeypatch, error: Ba
     monkeypatch.setattr(cli, "_load", raiser(error))
     code, out, err = run("profile", model)
     assert (code, out, err.strip()) == (130, "", "m2d: interrupted")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows ends a process on the spot")
+@pytest.mark.parametrize("command", ["train", "cut"])
+def test_sigterm_leaves_nothing_behind(
+    run: Run, model: Path, pairs: Path, tmp_path: Path, monkeypatch, command: str
+) -> None:
+    def save(self: Any, path: str) -> None:
+        Path(path, "half").write_text("")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def handler(*_: object) -> None:
+        pytest.fail("the command took no SIGTERM")
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        monkeypatch.setattr(SentenceTransformer, "save_pretrained", save)
+        monkeypatch.setattr(training, "fit", lambda *_, **__: 1.0)
+        options = {"train": ["--data", pairs, "--batch-size", 4, "--json"], "cut": ["--layers", 2]}[command]
+        code, out, err = run(command, model, tmp_path / "new" / "out", *options)
+        assert signal.getsignal(signal.SIGTERM) is handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (code, out, err.splitlines()[-1]) == (143, "", "m2d: terminated")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
