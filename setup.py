@@ -12,6 +12,8 @@ import importlib.util
 import json
 import os
 import platform
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,12 +30,24 @@ NVCC_FLAGS = ["-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden"]
 
 # Commands that compile nothing and so must work where there is no torch. `dist_info` is not one of them:
 # pip asks for the metadata before it downloads the dependencies, and "install torch first" should be said then.
-TORCH_FREE = {"sdist", "egg_info", "clean", "--version", "--name", "--help", "--help-commands"}
+TORCH_FREE = {"sdist", "egg_info", "clean"}
+QUESTIONS = {"--version", "--name", "--help", "--help-commands"}
+# What needs torch even beside one of TORCH_FREE. Other words there are options and their values.
+COMPILING = {"bdist", "bdist_dumb", "bdist_egg", "bdist_rpm", "bdist_wheel", "build", "build_ext", "build_py"}
+COMPILING |= {"develop", "dist_info", "editable_wheel", "install", "install_lib"}
 
 
 def stop(sentence):
     """End the build with one sentence instead of a traceback."""
     raise SystemExit(f"m2d_ext: {sentence}")
+
+
+def compiles(arguments):
+    """Whether what stands after setup.py on the command line may compile something."""
+    words = set(arguments)
+    if not words or words & QUESTIONS:
+        return False
+    return bool(words & COMPILING) or not words & TORCH_FREE
 
 
 def requested_build(environ, system):
@@ -89,6 +103,16 @@ def import_torch():
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < MIN_TORCH:
         stop(f"torch {torch.__version__} is too old: run `pip install 'torch>=2.11'` before installing m2d_ext.")
     return torch
+
+
+def check_compiler(environ, system):
+    """Stop where there is no compiler: torch takes $CXX, or c++. On Windows setuptools looks for MSVC by itself."""
+    compiler = (shlex.split(environ.get("CXX", "")) or ["c++"])[0]
+    if system != "Windows" and shutil.which(compiler) is None:
+        stop(
+            f"the extension needs a C++20 compiler, but there is no {compiler}: install one (such as g++), set CXX to "
+            "the one to use, or set M2D_BUILD=none to install without the extension."
+        )
 
 
 def cuda_toolkit(guess):
@@ -178,6 +202,7 @@ def configure(requested):
         return {"cmdclass": {"build_py": BuildPyNone}}
 
     torch = import_torch()
+    check_compiler(os.environ, platform.system())
     from torch.utils import cpp_extension
 
     def glob(pattern):
@@ -234,8 +259,7 @@ def main():
     if int(setuptools_version.split(".")[0]) < 77:
         stop(f"setuptools {setuptools_version} is too old to read pyproject.toml: run `pip install -U setuptools`.")
     requested = requested_build(os.environ, platform.system())
-    commands = set(sys.argv[1:])
-    setup(**({} if commands & TORCH_FREE or not commands else configure(requested)))
+    setup(**(configure(requested) if compiles(sys.argv[1:]) else {}))
 
 
 if __name__ == "__main__":

@@ -79,12 +79,55 @@ def test_the_metadata_for_an_sdist_needs_no_torch(tmp_path):
 
 @needs_source
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the default is to build nothing")
-@pytest.mark.parametrize("command", ["dist_info", "bdist_wheel", "build_ext"])
-def test_a_build_without_torch_says_in_one_line_what_to_type(command):
-    result = run_setup_without_torch(command)
+@pytest.mark.parametrize("commands", ["dist_info", "bdist_wheel", "build_ext", "clean bdist_wheel"])
+def test_a_build_without_torch_says_in_one_line_what_to_type(commands):
+    result = run_setup_without_torch(*commands.split())
     assert result.returncode != 0
     assert len(result.stderr.strip().splitlines()) == 1
     assert "run `pip install torch`, then `pip install --no-build-isolation .`" in result.stderr
+
+
+@needs_source
+@pytest.mark.parametrize(
+    ("arguments", "compiles"),
+    [
+        ("", False),
+        ("--version", False),
+        ("bdist_wheel --help", False),
+        ("clean --all", False),
+        ("egg_info --egg-base out", False),
+        ("sdist --formats gztar --dist-dir out", False),
+        ("egg_info sdist", False),
+        ("clean bdist_wheel", True),
+        ("egg_info --tag-build .dev build_ext --inplace", True),
+        ("bdist_wheel --dist-dir out", True),
+        ("another_command", True),
+    ],
+)
+def test_which_commands_compile(setup_py, arguments, compiles):
+    assert setup_py.compiles(arguments.split()) is compiles
+
+
+@needs_source
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the default is to build nothing")
+@pytest.mark.parametrize("compiler", ["", "no_such_compiler -O2"])
+def test_a_build_without_a_compiler_is_one_line(tmp_path, compiler):
+    result = run_setup("bdist_wheel", M2D_BUILD="", CXX=compiler, PATH=str(tmp_path))
+    assert result.returncode != 0
+    name = compiler.split(" ")[0] or "c++"
+    assert result.stderr.strip() == (
+        f"m2d_ext: the extension needs a C++20 compiler, but there is no {name}: install one "
+        "(such as g++), set CXX to the one to use, or set M2D_BUILD=none to install without the extension."
+    )
+
+
+@needs_source
+def test_the_compiler_may_have_arguments_and_on_windows_be_anywhere(setup_py, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    setup_py.check_compiler({"CXX": f"{sys.executable} -O2"}, "Linux")
+    setup_py.check_compiler({}, "Windows")
+    with pytest.raises(SystemExit, match=r"there is no c\+\+"):
+        setup_py.check_compiler({}, "Darwin")
 
 
 @needs_source
