@@ -20,6 +20,10 @@ _CONFIG_PATH = Path(__file__).with_name("_build_config.json")
 
 _REINSTALL = "pip install --no-build-isolation --force-reinstall --no-deps ."
 HOW_TO_BUILD = f"build it with `M2D_BUILD=cpu {_REINSTALL}` (or M2D_BUILD=cuda) in the source directory of m2d_ext"
+STALE = (
+    "m2d_ext has a compiled extension of another version than its Python files: "
+    f"reinstall with `{_REINSTALL}` in the source directory of m2d_ext."
+)
 MISSING = f"was installed without its compiled extension: {HOW_TO_BUILD}"
 
 

@@ -5,8 +5,9 @@ The operators are private: called on a tensor that requires grad they record no 
 """
 
 import functools
+import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -361,17 +362,32 @@ def _fake_masked_logsumexp_backward(
     return scores.new_empty(scores.shape)
 
 
+_FAKES: dict[str, Callable[..., Any]] = {
+    "pool": _fake_pool,
+    "pool_backward": _fake_pool_backward,
+    "add_pooled_grad": _fake_add_pooled_grad,
+    "add_pooled_grad_": _fake_add_pooled_grad_,
+    "pool_max": _fake_pool_max,
+    "pool_max_backward": _fake_pool_backward,
+    "loss": _fake_loss,
+    "loss_and_gradients": _fake_loss_and_gradients,
+    "pooled_loss": _fake_pooled_loss,
+    "nested_cosines": _fake_nested_cosines,
+    "nested_cosines_backward": _fake_nested_cosines_backward,
+    "masked_logsumexp": _fake_masked_logsumexp,
+    "masked_logsumexp_backward": _fake_masked_logsumexp_backward,
+}
+
+
+def _register_fake(name: str, fake: Callable[..., Any]) -> None:
+    """Raise ImportError if the extension lacks the operator, or has it with more or fewer arguments."""
+    try:
+        inspect.signature(fake).bind(*getattr(torch.ops.m2d_ext, name).default._schema.arguments)
+    except (AttributeError, TypeError):
+        raise ImportError(_extension.STALE) from None
+    torch.library.register_fake(f"m2d_ext::{name}", fake)
+
+
 if _extension.available():
-    torch.library.register_fake("m2d_ext::pool", _fake_pool)
-    torch.library.register_fake("m2d_ext::pool_backward", _fake_pool_backward)
-    torch.library.register_fake("m2d_ext::add_pooled_grad", _fake_add_pooled_grad)
-    torch.library.register_fake("m2d_ext::add_pooled_grad_", _fake_add_pooled_grad_)
-    torch.library.register_fake("m2d_ext::pool_max", _fake_pool_max)
-    torch.library.register_fake("m2d_ext::pool_max_backward", _fake_pool_backward)
-    torch.library.register_fake("m2d_ext::loss", _fake_loss)
-    torch.library.register_fake("m2d_ext::loss_and_gradients", _fake_loss_and_gradients)
-    torch.library.register_fake("m2d_ext::pooled_loss", _fake_pooled_loss)
-    torch.library.register_fake("m2d_ext::nested_cosines", _fake_nested_cosines)
-    torch.library.register_fake("m2d_ext::nested_cosines_backward", _fake_nested_cosines_backward)
-    torch.library.register_fake("m2d_ext::masked_logsumexp", _fake_masked_logsumexp)
-    torch.library.register_fake("m2d_ext::masked_logsumexp_backward", _fake_masked_logsumexp_backward)
+    for _name, _fake in _FAKES.items():
+        _register_fake(_name, _fake)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import m2d_ext
-from m2d_ext import _extension
+from m2d_ext import _extension, ops
 
 SETUP = Path(__file__).resolve().parent.parent / "setup.py"
 needs_source = pytest.mark.skipif(not SETUP.exists(), reason="not in a source tree")
@@ -247,6 +247,21 @@ def test_the_record_is_read_at_import(tmp_path):
         timeout=120,
     )
     assert result.stderr.strip().splitlines()[-1].startswith("ImportError: m2d_ext was built with torch 2.1.0 ")
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("name", "fake"),
+    [
+        ("pool_of_a_later_version", lambda hidden_states, coefficients, cu_seqlens: None),
+        ("pool", lambda hidden_states, coefficients, cu_seqlens, later: None),
+        ("pool", lambda hidden_states, coefficients: None),
+    ],
+)
+def test_an_extension_of_another_version_is_one_line(name, fake):
+    with pytest.raises(ImportError, match="another version than its Python files: reinstall with `pip") as error:
+        ops._register_fake(name, fake)
+    assert "\n" not in str(error.value)
 
 
 @needs_extension
