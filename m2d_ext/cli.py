@@ -138,6 +138,7 @@ def train(
         evaluator = GridEvaluator(_read_rows("--eval", evaluate, "test"), dims=widths, show_progress_bar=False)
     loaded = _load(model)
     with _options_named(
+        dims="--dims",
         n_layers_per_step="--layers-per-step",
         n_dims_per_step="--dims-per-step",
         epochs="--epochs",
@@ -208,7 +209,9 @@ def grid(
     wanted = {"layers": _numbers("--layers", layers), "dims": _numbers("--dims", dims)}
     rows = _read_rows("--data", data, split)
     evaluator = GridEvaluator(rows, **wanted, batch_size=batch_size, show_progress_bar=False)  # type: ignore[arg-type]
-    found = evaluator.grid(_load(model))
+    loaded = _load(model)
+    with _options_named(layers="--layers", dims="--dims"):
+        found = evaluator.grid(loaded)
     for path, write in (
         (output, found.write),
         (csv, found.write_csv),
@@ -231,7 +234,9 @@ def profile(
     """Measure how fast MODEL encodes on this machine, cut to fewer layers."""
     _check_files(output=output)
     numbers = _numbers("--layers", layers)
-    found = inference.profile(_load(model), layers=numbers, batch_size=batch_size, repeats=repeats)
+    loaded = _load(model)
+    with _options_named(num_layers="--layers", layers="--layers"):
+        found = inference.profile(loaded, layers=numbers, batch_size=batch_size, repeats=repeats)
     _write(output, found.write)
     _show(as_json, found.to_json(), lambda: _profile_table(found))
 
@@ -257,7 +262,9 @@ def choose(
         _check_file(profile)
         costs = inference.Profile.read(profile)
     else:
-        costs = inference.profile(_load(str(model)), layers=found.layers)
+        loaded = _load(str(model))
+        with _options_named(num_layers="GRID's layers", layers="GRID's layers"):
+            costs = inference.profile(loaded, layers=found.layers)
     with _options_named(min_quality="--min-quality", max_latency="--max-latency", max_bytes="--max-bytes"):
         choice = inference.choose(found, costs, min_quality=min_quality, max_latency=max_latency, max_bytes=max_bytes)
     _write(plot, lambda path: plots.front(choice, path))
@@ -278,7 +285,8 @@ def cut(
         raise Refusal("give --layers, --dim or both")
     outputs.check_folder("OUTPUT", output, overwrite)
     loaded = _load(model)
-    small = truncate_model(loaded, layers, dim)
+    with _options_named(num_layers="--layers", dim="--dim"):
+        small = truncate_model(loaded, layers, dim)
     with outputs.new_folder(output, overwrite) as folder:
         small.save_pretrained(str(folder))
     sizes = [sum(p.numel() for p in each.parameters()) for each in (loaded, small)]
@@ -383,8 +391,13 @@ def _read_rows(option: str, data: str, split: str) -> Any:
 
 
 def _named_rows(option: str, name: str, split: str) -> Any:
-    from datasets import disable_progress_bars, load_dataset
-
+    try:
+        from datasets import disable_progress_bars, load_dataset
+    except ImportError:
+        # Perhaps the name was meant for a file.
+        raise Refusal(
+            f"{option} {name} is no file, and a dataset's name needs datasets: pip install 'm2d_ext[cli]'"
+        ) from None
     disable_progress_bars()
     try:
         return load_dataset(name, split=split)

@@ -1,5 +1,6 @@
 """Train a 2D Matryoshka model on pairs or triplets, as ``m2d train`` does."""
 
+import importlib.util
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -88,10 +89,12 @@ def train(
         The mean training loss and the grids, as :class:`Trained`.
 
     Raises:
+        ImportError: no accelerate or no datasets, which the Trainer needs.
         TypeError: numbers that are not ints; data that are no rows.
         ValueError: no rows, fewer than a batch, other columns or an empty text; an output folder that is not empty;
             dims or draws that the model does not have; as :func:`fit` and :func:`limited_length`; what the loss says.
     """
+    _check_installed()
     _check_numbers(epochs, steps, batch_size, learning_rate, warmup_ratio)
     check_folder("output", output, overwrite)
     rows = _rows_of(data, batch_size)
@@ -154,8 +157,10 @@ def fit(
         The mean training loss.
 
     Raises:
+        ImportError: no accelerate or no datasets.
         ValueError: a number out of its range; not one batch of rows that share no text, so that nothing was trained.
     """
+    _check_installed()
     _check_numbers(epochs, steps, batch_size, learning_rate, warmup_ratio)
     total = steps if steps is not None else round(epochs * (len(data) // batch_size))
     trainer = SentenceTransformerTrainer(
@@ -246,6 +251,13 @@ def _loss_of(model: SentenceTransformer, dims: Sequence[int] | None, options: di
     _check_draw("n_layers_per_step", options["n_layers_per_step"], count_layers(model[0].auto_model))
     _check_draw("n_dims_per_step", options["n_dims_per_step"], len(dims))
     return loss
+
+
+def _check_installed() -> None:
+    """Of the Trainer's own needs, which m2d_ext does not have without it."""
+    for name in ("accelerate", "datasets"):
+        if importlib.util.find_spec(name) is None:
+            raise ImportError(f"training needs {name}: pip install 'm2d_ext[cli]'")
 
 
 def _check_draw(name: str, count: int, most: int) -> None:

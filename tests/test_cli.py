@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -472,6 +473,7 @@ def write_files(folder: Path) -> None:
     (folder / "bytes.tsv").write_bytes(b"\xff\xfe\x00")
     (folder / "cut.tsv.gz").write_bytes(gzip.compress(b"anchor\tpositive\n" + bytes(range(256)) * 9)[:40])
     (folder / "grid.json").write_text(json.dumps(GRID))
+    (folder / "deep_grid.json").write_text(json.dumps(GRID | {"layers": [1, 9]}))
     (folder / "profile.json").write_text(json.dumps(PROFILE))
     (folder / "short_profile.json").write_text(json.dumps(PROFILE | {"latency_ms": [1.0]}))
     (folder / "broken_model").mkdir()
@@ -484,17 +486,24 @@ BAD: list[tuple[list[str], str]] = [
     (["grid", "MODEL", "--data", "TMP/columns.tsv"], "must have the columns of one of: .* got color, text"),
     (["grid", "MODEL", "--data", "TMP/pairs.txt"], "must end in .tsv, .csv, .jsonl, .json, perhaps with .gz"),
     (["grid", "TMP/no/model", "--data", "DATA"], "there is no folder TMP/no/model"),
-    (["grid", "MODEL", "--data", "DATA", "--dims", "64"], "dims must be at most 32 for this model, got .64."),
+    (["grid", "MODEL", "--data", "DATA", "--dims", "64"], "m2d: --dims must be at most 32 for this model, got .64."),
     (["grid", "MODEL", "--data", "DATA", "--dims", "8,x"], "--dims must be numbers with commas between, got '8,x'"),
-    (["grid", "MODEL", "--data", "DATA", "--layers", "9"], "layers must be distinct and from 0 to 3 for this model"),
+    (
+        ["grid", "MODEL", "--data", "DATA", "--layers", "9"],
+        "m2d: --layers must be distinct and from 0 to 3 for this model",
+    ),
     (["grid", "MODEL"], "Missing option '--data'"),
     (["cut", "MODEL", "TMP/out"], "give --layers, --dim or both"),
-    (["cut", "MODEL", "--layers", "7", "TMP/out"], "num_layers must be from 0 to 3 for this model, got 7"),
-    (["cut", "MODEL", "--dim", "64", "TMP/out"], "dim must be from 1 to 32 for this model, got 64"),
+    (["cut", "MODEL", "--layers", "7", "TMP/out"], "m2d: --layers must be from 0 to 3 for this model, got 7"),
+    (["cut", "MODEL", "--dim", "64", "TMP/out"], "m2d: --dim must be from 1 to 32 for this model, got 64"),
     (["cut", "MODEL", "--dim", "x", "TMP/out"], "Invalid value for '--dim'"),
     (["cut", "MODEL", "--dim", "4", "TMP"], "TMP exists and is not an empty folder"),
     (["choose", "TMP/none.json", "--profile", "TMP/none.json"], "there is no file TMP/none.json"),
     (["choose", "TMP/columns.tsv", "--profile", "TMP/columns.tsv"], "is no grid"),
+    (
+        ["choose", "TMP/deep_grid.json", "--model", "MODEL"],
+        "m2d: GRID's layers must be from 0 to 3 for this model, got 9",
+    ),
     (["choose", "TMP/columns.tsv"], "give one of --profile and --model"),
     (["choose", "TMP/number.json", "--profile", "TMP/profile.json"], "is no grid: a grid must be an object, got 3"),
     (["choose", "TMP/grid.json", "--profile", "TMP/number.json"], "is no profile: a profile must be an object, got 3"),
@@ -568,7 +577,11 @@ BAD: list[tuple[list[str], str]] = [
         ["train", "MODEL", "TMP/out", "--data", "PAIRS", "--batch-size", "4", "--max-length", "99"],
         "--max-length must be from 1 to 64 for this model, got 99",
     ),
-    (["profile", "MODEL", "--layers", "5"], "num_layers must be from 0 to 3 for this model, got 5"),
+    (["profile", "MODEL", "--layers", "5"], "m2d: --layers must be from 0 to 3 for this model, got 5"),
+    (
+        ["train", "MODEL", "TMP/out", "--data", "PAIRS", "--batch-size", "4", "--dims", "64"],
+        "m2d: --dims must be at most 32 for this model, got .64.",
+    ),
     (["train", "MODEL", "TMP/out", "--data", "DATA"], "must have the columns anchor and positive, got sentence1"),
     (["train", "MODEL", "TMP/out", "--data", "PAIRS"], "must hold at least a batch of 64 rows, got 24"),
     (["train", "MODEL", "TMP/out", "--data", "PAIRS", "--kl-target", "x"], "Invalid value for '--kl-target'"),
@@ -597,3 +610,22 @@ def test_bad_input_is_one_line(
     assert err.count("\n") == 1
     assert re.search(filled(message), err), err
     assert set(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["accelerate", "datasets"])
+def test_training_says_what_is_not_installed(
+    run: Run, model: Path, pairs: Path, tmp_path: Path, monkeypatch, name: str
+) -> None:
+    loaded = tiny_model()
+    monkeypatch.setattr(cli, "_load", lambda _: loaded)  # whose libraries look for it, too
+    monkeypatch.setitem(sys.modules, name, None)  # Python then behaves as if it were not installed
+    code, out, err = run("train", model, tmp_path / "out", "--data", pairs, "--batch-size", 4)
+    assert (code, out, err.splitlines()[-1]) == (2, "", f"m2d: training needs {name}: pip install 'm2d_ext[cli]'")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_named_dataset_needs_datasets(run: Run, model: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    code, out, err = run("grid", model, "--data", "some/name")
+    told = "m2d: --data some/name is no file, and a dataset's name needs datasets: pip install 'm2d_ext[cli]'\n"
+    assert (code, out, err) == (2, "", told)
