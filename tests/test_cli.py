@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -314,6 +315,59 @@ def test_a_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="full"), new_folder(tmp_path / "b" / "c" / "new"):
         raise OSError("full")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "empty"]
+
+
+def write_model(folder: Path, text: str) -> None:
+    (folder / "runs").mkdir()
+    for name in ("modules.json", "model.safetensors", "runs/log"):
+        (folder / name).write_text(text)
+
+
+def texts_of(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("stuck", ["out", "in"])
+@pytest.mark.parametrize("name", ["modules.json", "model.safetensors", "runs"])
+def test_what_cannot_be_replaced_stays_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, stuck: str
+) -> None:
+    """Root may move and delete everything, so it is the move that refuses here."""
+    write_model(tmp_path, "old")
+    before = texts_of(tmp_path)
+    rename = Path.rename
+
+    def refuse(self: Path, target: Path) -> Path:
+        if self.name == name and (target.parent == tmp_path) == (stuck == "in") and "-old-" not in str(self):
+            raise PermissionError(13, "Permission denied")
+        return rename(self, target)
+
+    def replace() -> None:
+        with new_folder(tmp_path, overwrite=True) as folder:
+            write_model(folder, "new")
+            monkeypatch.setattr(Path, "rename", refuse)
+
+    with pytest.raises(PermissionError):
+        replace()
+    assert texts_of(tmp_path) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "modules.json", "runs"]
+
+
+def test_what_cannot_be_deleted_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_model(tmp_path, "old")
+    rmtree = shutil.rmtree
+
+    def delete(path: Any, *arguments: Any, **options: Any) -> None:
+        if "-old-" not in str(path):
+            rmtree(path, *arguments, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", delete)
+    with caplog.at_level(logging.WARNING), new_folder(tmp_path, overwrite=True) as folder:
+        write_model(folder, "new")
+    assert {text for name, text in texts_of(tmp_path).items() if not name.startswith(".m2d-old-")} == {"new"}
+    assert "what was there cannot be deleted: it is in" in caplog.text
 
 
 @pytest.mark.parametrize(

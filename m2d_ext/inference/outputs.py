@@ -1,11 +1,14 @@
 """Where results go: looked at before the work, and nothing half-written after it."""
 
+import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+logger = logging.getLogger("m2d_ext")
 
 
 def check_file(name: str, path: str | Path) -> None:
@@ -74,6 +77,7 @@ def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
 
     Raises:
         ValueError: as :func:`check_folder`.
+        OSError: what is there cannot be moved.
     """
     check_folder("output", path, overwrite)
     path = Path(path).resolve()
@@ -89,20 +93,33 @@ def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
             if is_new:
                 folder.rename(path)
             else:
-                _replace_contents(path, folder, keep=Path(scratch))
+                _replace_contents(path, folder, Path(scratch))
     finally:
         for parent in missing:
             with suppress(OSError):  # the new folder is in it
                 parent.rmdir()
 
 
-def _replace_contents(place: Path, folder: Path, keep: Path) -> None:
-    for old in place.iterdir():
-        if old == keep:
-            continue
-        if old.is_dir() and not old.is_symlink():
-            shutil.rmtree(old)
-        else:
-            old.unlink()
-    for new in folder.iterdir():
-        new.rename(place / new.name)
+def _replace_contents(place: Path, folder: Path, scratch: Path) -> None:
+    """The old entries go out of the way, the new ones in, and only then are the old ones deleted.
+
+    Raises:
+        OSError: one cannot be moved. All are back where they were.
+    """
+    old = Path(tempfile.mkdtemp(prefix=".m2d-old-", dir=place))
+    moves = [(entry, old / entry.name) for entry in place.iterdir() if entry not in (scratch, old)]
+    moves += [(entry, place / entry.name) for entry in folder.iterdir()]
+    try:
+        for source, target in moves:
+            source.rename(target)
+    except BaseException:
+        for source, target in reversed(moves):
+            if not os.path.lexists(source):
+                with suppress(OSError):  # one that stays in old is not lost, and the others go back
+                    target.rename(source)
+        with suppress(OSError):
+            old.rmdir()
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    if old.exists():  # it held what others may delete alone: no reason to take the new model back
+        logger.warning("The model in %s is replaced, but what was there cannot be deleted: it is in %s", place, old)
