@@ -94,6 +94,22 @@ def test_modules_after_the_pooling(dim: int | None, pooling: Any, dense: int | N
     assert len(cut) == len(model) + (dim is not None)
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("dim", [None, 5])
+def test_a_model_with_a_truncate_dim(dim: int | None, normalize: bool, tmp_path: Path) -> None:
+    model = tiny_model(normalize=normalize, num_layers=LAYERS).eval()
+    model.truncate_dim = 12
+    cut = m2d_ext.truncate_model(model, 2, dim)
+    torch.testing.assert_close(encode(cut), expected_rows(model, 2, dim or 12))
+    assert cut.get_embedding_dimension() == (dim or 12)
+    assert cut[0].auto_model.config.m2d_ext_cut["of_dims"] == HIDDEN
+    assert model.truncate_dim == 12
+    cut.save_pretrained(str(tmp_path))
+    assert torch.equal(encode(SentenceTransformer(str(tmp_path), device="cpu")), encode(cut))
+    with pytest.raises(ValueError, match="dim must be from 1 to 12 for this model, got 13"):
+        m2d_ext.truncate_model(model, 2, 13)
+
+
 def test_fewer_parameters() -> None:
     model = tiny_model(num_layers=LAYERS)
     sizes = [sum(p.numel() for p in m2d_ext.truncate_model(model, n).parameters()) for n in range(LAYERS + 1)]

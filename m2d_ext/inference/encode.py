@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..architecture import final_norm
 from ..losses.embed import Features, pool_all_layers, pooling_of, replaced_forward, replaced_forwards, returned_states
 from ..losses.pipeline import why_not_model
-from .truncate import find_layers
+from .truncate import find_layers, full_width
 
 
 class AllLayers:
@@ -56,8 +56,7 @@ class AllLayers:
     @property
     def width(self) -> int:
         """D, of the rows before any cut."""
-        with self.model.truncate_embeddings(None):
-            return int(self.model.get_embedding_dimension())
+        return full_width(self.model)
 
     def encode(self, texts: Sequence[str], how: str = "encode", **options: Any) -> Tensor:
         """Rows of all layers.

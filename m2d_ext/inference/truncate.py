@@ -29,7 +29,8 @@ def truncate_model(
     Args:
         model: Transformer, Pooling and what follows. It is left as it is, and shares no parameters with the result.
         num_layers: how many layers to keep, 0 for the embedding layer alone; None: all.
-        dim: how many dimensions to keep; None: all.
+        dim: how many dimensions to keep; None: all that the model returns, which are fewer than its rows have where it
+            has a ``truncate_dim``.
 
     Returns:
         A new ``SentenceTransformer`` on the same device. Its encoder's ``config.m2d_ext_cut`` and its model card say
@@ -44,10 +45,8 @@ def truncate_model(
     encoder = model[0].auto_model
     name, layers = find_layers(encoder)
     num_layers = _check_count("num_layers", num_layers, len(layers), least=0)
-    width = model.get_embedding_dimension()
-    if width is None:
-        raise ValueError("model must say its embedding dimension, but get_embedding_dimension() is None")
-    dim = _check_count("dim", dim, width, least=1)
+    width = full_width(model)
+    dim = _check_count("dim", dim, min(width, model.truncate_dim or width), least=1)
     # What is cut off is not even copied: deepcopy takes these layers for copied already, to None.
     memo: dict[int, Any] = {id(layer): None for layer in list(layers)[num_layers:]}
     cut: SentenceTransformer = copy.deepcopy(model, memo)
@@ -60,6 +59,19 @@ def truncate_model(
     _check_loadable(cut[0].auto_model, num_layers)
     _describe(cut, model, num_layers, len(layers), dim, width)
     return cut
+
+
+def full_width(model: SentenceTransformer) -> int:
+    """How many dimensions a model's rows have before its ``truncate_dim`` cuts them.
+
+    Raises:
+        ValueError: it does not say.
+    """
+    with model.truncate_embeddings(None):
+        width = model.get_embedding_dimension()
+    if width is None:
+        raise ValueError("model must say its embedding dimension, but get_embedding_dimension() is None")
+    return int(width)
 
 
 def count_layers(encoder: Any) -> int:
@@ -158,7 +170,7 @@ def _cut_dims(model: SentenceTransformer, dim: int, width: int) -> None:
         # encode() cuts to it, and save_pretrained() keeps it.
         model.truncate_dim = dim
         return
-    model.truncate_dim = None if model.truncate_dim is None else min(model.truncate_dim, dim)
+    model.truncate_dim = None
     first = Dense(width, dim, bias=False, activation_function=nn.Identity())
     parameter = next(model.parameters())
     with torch.no_grad():
