@@ -1,6 +1,7 @@
 """The command line: train a model, evaluate its grid, profile it, choose a cell, cut the model to it."""
 
 import json
+import math
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -445,7 +446,7 @@ def _grid_table(grid: Grid, title: str = "") -> Table:
     for dim in grid.dims:
         table.add_column(str(dim), justify="right")
     for layer, row in zip(grid.layers, grid.scores, strict=True):
-        table.add_row(str(layer), *(f"{score:.4f}" for score in row))
+        table.add_row(str(layer), *("-" if math.isnan(score) else f"{score:.4f}" for score in row))
     return table
 
 

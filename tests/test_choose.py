@@ -56,6 +56,37 @@ def test_lower_is_better() -> None:
         choose(grid, costs, min_quality="98%")
 
 
+@pytest.mark.parametrize("limits", [{}, {"min_quality": "98%"}, {"min_quality": 0.1}, {"max_latency": 9.0}])
+def test_cells_without_a_score_are_not_chosen(limits: dict[str, Any], tmp_path: Path) -> None:
+    nan = float("nan")
+    grid = Grid([1, 2, 3], [8, 4], [[nan, nan], [0.1, nan], [0.1, 0.1]], "ndcg")
+    choice = choose(grid, COSTS, **limits)
+    assert (choice.pick.layer, choice.pick.dim) == (2, 8)
+    assert {(c.layer, c.dim) for c in choice.cells} == {(2, 8), (3, 8), (3, 4)}
+    assert {(c.layer, c.dim) for c in choice.front} == {(2, 8), (3, 4)}
+    empty = Grid([1, 2, 3], [8], [[nan]] * 3, "ndcg")
+    with pytest.raises(ValueError, match="grid must have a cell whose ndcg is defined, but has none"):
+        choose(empty, COSTS, **limits)
+    for each in (grid, empty):
+        plots.heatmap(each, tmp_path / "grid.png")
+        plots.curves(each, tmp_path / "curves.png")
+
+
+def test_the_colours_are_of_the_scores_there_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from matplotlib.axes import Axes
+
+    scales = []
+    imshow = Axes.imshow
+
+    def watch(self: Axes, *arguments: Any, **options: Any) -> Any:
+        scales.append((options["vmin"], options["vmax"]))
+        return imshow(self, *arguments, **options)
+
+    monkeypatch.setattr(Axes, "imshow", watch)
+    plots.heatmap(Grid([0, 1], [8, 4], [[float("nan")] * 2, [0.1, 0.2]], "ndcg"), tmp_path / "grid.png")
+    assert scales == [(0.1, 0.2)]
+
+
 @given(
     st.lists(st.lists(st.integers(0, 5), min_size=3, max_size=3), min_size=1, max_size=4),
     st.lists(st.integers(1, 3), min_size=4, max_size=4),

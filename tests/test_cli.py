@@ -7,9 +7,9 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import sys
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

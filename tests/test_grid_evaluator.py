@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,25 @@ def test_cells_with_weights_of_words() -> None:
     grid = m2d_ext.GridEvaluator(EVALUATORS["similarity"](), layers=[LAYERS, 1], dims=DIMS).grid(model)
     assert_equal_to_cut_models(model, "similarity", grid)
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_cells_without_a_score(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """CLS rows of layer 0 are those of one token: nothing correlates with them."""
+    model = tiny_model(num_layers=LAYERS, pooling="cls").eval()
+    evaluator = m2d_ext.GridEvaluator(EVALUATORS["similarity"](), dims=DIMS, primary="mean", write_plots=True)
+    metrics = evaluator(model, output_path=str(tmp_path))
+    assert math.isfinite(metrics[evaluator.primary_metric])
+    grid = evaluator.grid(model)
+    assert all(map(math.isnan, grid.scores[0]))
+    assert grid.mean() == pytest.approx(sum(grid.defined()) / (LAYERS * len(DIMS)))
+    assert len([record for record in caplog.records if "is undefined in cells of layers [0]" in record.message]) == 1
+    grid.write(tmp_path / "grid.json")
+    text = (tmp_path / "grid.json").read_text()
+    assert "NaN" not in text
+    assert json.loads(text)["scores"][0] == [None] * len(DIMS)
+    again = Grid.read(tmp_path / "grid.json")
+    assert again.to_json() == grid.to_json()
+    assert all(map(math.isnan, again.scores[0] + again.extra["pearson_cosine"][0]))
 
 
 def test_each_text_is_encoded_once() -> None:

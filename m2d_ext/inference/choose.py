@@ -35,7 +35,7 @@ class Choice:
     Args:
         pick: that one. It is on the front.
         front: the cells that no other is at least as good as in everything and better than in something, by latency.
-        cells: all of them.
+        cells: all of them that have a score.
         metric: what the quality is.
     """
 
@@ -56,7 +56,7 @@ def choose(
     max_latency: float | None = None,
     max_bytes: int | None = None,
 ) -> Choice:
-    """The Pareto front of a grid, and a cell on it.
+    """The Pareto front of a grid, and a cell on it. Cells without a score (NaN) are left out.
 
     With ``min_quality`` the pick is the fastest cell that has it, of equally fast ones the one of fewest bytes;
     without, the best one within the other limits.
@@ -73,7 +73,7 @@ def choose(
 
     Raises:
         ValueError: a layer that was not profiled, a share that is none, a limit that is no number, limits that no
-            cell keeps.
+            cell keeps; a grid without any score.
     """
     for name, limit in (("max_latency", max_latency), ("max_bytes", max_bytes)):
         if limit is not None and math.isnan(limit):
@@ -107,11 +107,15 @@ def _cells_of(grid: Grid, profile: Profile) -> list[Cell]:
     if missing:
         raise ValueError(f"profile must have the grid's layers {grid.layers}, but lacks {missing}")
     latencies = dict(zip(profile.layers, profile.latency_ms, strict=True))
-    return [
+    cells = [
         Cell(layer, dim, grid.score(layer, dim), latencies[layer], profile.bytes_per_dim * dim)
         for layer in grid.layers
         for dim in grid.dims
+        if not math.isnan(grid.score(layer, dim))
     ]
+    if not cells:
+        raise ValueError(f"grid must have a cell whose {grid.metric} is defined, but has none")
+    return cells
 
 
 def _least_quality(min_quality: float | str | None, cells: Sequence[Cell], sign: int) -> float | None:

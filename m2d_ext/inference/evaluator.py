@@ -3,6 +3,7 @@
 import copy
 import csv
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -49,7 +50,7 @@ class GridEvaluator(BaseEvaluator):
         dims: numbers of dimensions to keep; None: the model's, and its halves down to 32.
         metric: which of the evaluator's; None: its primary one.
         primary: what ``primary_metric`` names, by which a Trainer picks its best model: "last" is the whole model,
-            "mean" the mean of the grid, (layer, dim) one cell.
+            "mean" the mean of the grid's cells that have a score, (layer, dim) one cell.
         final_norm: "apply" gives the earlier layers the encoder's final norm, if it has one, as a cut model does;
             "skip" evaluates the bare hidden states.
         batch_size: texts encoded at a time; None: as the evaluator says.
@@ -100,6 +101,7 @@ class GridEvaluator(BaseEvaluator):
         self.write_csv = write_csv
         self.write_plots = write_plots
         self.csv_file = self._file("evaluation", "csv")
+        self._has_warned = False
         self._encoding = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
 
     def __call__(
@@ -157,7 +159,7 @@ class GridEvaluator(BaseEvaluator):
         else:
             results = [[_evaluated(self.evaluator, cell) for cell in row] for row in cells]
         metric = self._metric_of(results[0][0])
-        return Grid(
+        grid = Grid(
             layers=encoder.layers,
             dims=list(dims),
             scores=[[cell[metric] for cell in row] for row in results],
@@ -171,6 +173,20 @@ class GridEvaluator(BaseEvaluator):
                 if other not in (metric, PRIMARY)
             },
         )
+        self._warn_of_undefined(grid)
+        return grid
+
+    def _warn_of_undefined(self, grid: Grid) -> None:
+        """Once, and not at every evaluation of a training."""
+        layers = [layer for layer, row in zip(grid.layers, grid.scores, strict=True) if any(map(math.isnan, row))]
+        if layers and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "%s is undefined in cells of layers %s, which are left out of the mean. The first token of every text "
+                "is the same in layer 0, and so is a row that is pooled from it alone.",
+                grid.metric,
+                layers,
+            )
 
     def _metric_of(self, metrics: Mapping[str, Any]) -> str:
         metric = self.metric or metrics[PRIMARY]

@@ -38,19 +38,23 @@ def check_counts(name: str, value: Any, least: int) -> None:
         raise ValueError(f"{name} must be a list of distinct whole numbers from {least} up, got {_shown(value)}")
 
 
-def check_numbers(name: str, value: Any, count: int, least: float = -math.inf) -> None:
-    """ValueError where the value is no list of so many finite numbers, none below ``least``."""
+def check_numbers(name: str, value: Any, count: int, least: float = -math.inf, allow_none: bool = False) -> None:
+    """ValueError where the value is no list of so many finite numbers, none below ``least``, or perhaps None."""
     if not isinstance(value, list) or len(value) != count:
         raise ValueError(f"{name} must be a list of {count} numbers, got {_shown(value)}")
     for each in value:
+        if each is None and allow_none:
+            continue
         if not _is_number(each) or not math.isfinite(each) or each < least:
             bound = "" if least == -math.inf else f" from {least:g} up"
             raise ValueError(f"{name} must be finite numbers{bound}, got {_shown(each)}")
 
 
 def check_rows(name: str, value: Any) -> None:
-    """ValueError where the value is no list of lists of numbers, which need not be finite."""
-    if not isinstance(value, list) or not all(isinstance(row, list) and all(map(_is_number, row)) for row in value):
+    """ValueError where the value is no list of lists of numbers, which need not be finite, or None."""
+    if not isinstance(value, list) or not all(
+        isinstance(row, list) and all(each is None or _is_number(each) for each in row) for row in value
+    ):
         raise ValueError(f"{name} must be a list of numbers per layer, got {_shown(value)}")
 
 

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import math
 import statistics
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ class Grid:
     Args:
         layers: how many layers a cell keeps; 0 is the embedding layer's output.
         dims: how many dimensions it keeps.
-        scores: (layers, dims).
+        scores: (layers, dims); NaN where the metric is undefined, as a correlation is where all texts have one row.
         metric: what they are, such as "spearman_cosine".
         greater_is_better: whether a higher score is better.
         model: its name or path.
@@ -50,16 +52,22 @@ class Grid:
             raise ValueError(f"dim must be one of {self.dims}, got {dim}")
         return self.scores[self.layers.index(layer)][self.dims.index(dim)]
 
+    def defined(self) -> list[float]:
+        """The scores of the cells that have one, layer by layer."""
+        return [score for row in self.scores for score in row if not math.isnan(score)]
+
     def mean(self) -> float:
-        """Over all cells."""
-        return statistics.fmean(score for row in self.scores for score in row)
+        """Over the cells that have a score; NaN where none has."""
+        return statistics.fmean(self.defined() or [math.nan])
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """The fields, with None where a score is undefined: JSON has no NaN."""
+        extra = {metric: _replaced(rows, _is_nan, None) for metric, rows in self.extra.items()}
+        return asdict(self) | {"scores": _replaced(self.scores, _is_nan, None), "extra": extra}
 
     @classmethod
     def from_json(cls, data: Any) -> "Grid":
-        """What :meth:`to_json` gave. ValueError where it is no grid, or a score of it is not finite."""
+        """What :meth:`to_json` gave. ValueError where it is no grid, or a score of it is neither finite nor None."""
         fields.check_object("grid", data, cls.__dataclass_fields__, ("layers", "dims", "scores", "metric"))
         fields.check_counts("layers", data["layers"], least=0)
         fields.check_counts("dims", data["dims"], least=1)
@@ -69,9 +77,10 @@ class Grid:
                 fields.check_type(name, data[name], kind)
         for metric, rows in {"scores": data["scores"], **data.get("extra", {})}.items():
             fields.check_rows(metric, rows)
-        grid = cls(**data)
-        for layer, row in zip(grid.layers, grid.scores, strict=True):
-            fields.check_numbers(f"scores of layer {layer}", row, len(grid.dims))
+        extra = {metric: _replaced(rows, _is_none, math.nan) for metric, rows in data.get("extra", {}).items()}
+        grid = cls(**data | {"scores": _replaced(data["scores"], _is_none, math.nan), "extra": extra})
+        for layer, row in zip(grid.layers, data["scores"], strict=True):
+            fields.check_numbers(f"scores of layer {layer}", row, len(grid.dims), allow_none=True)
         return grid
 
     def write(self, path: str | Path) -> None:
@@ -94,3 +103,15 @@ class Grid:
             for i, layer in enumerate(self.layers):
                 for k, dim in enumerate(self.dims):
                     writer.writerow([layer, dim, self.scores[i][k], *(rows[i][k] for rows in self.extra.values())])
+
+
+def _replaced(rows: list[list[Any]], old: Callable[[Any], bool], new: Any) -> list[list[Any]]:
+    return [[new if old(score) else score for score in row] for row in rows]
+
+
+def _is_nan(score: float) -> bool:
+    return math.isnan(score)
+
+
+def _is_none(score: float | None) -> bool:
+    return score is None

@@ -1,5 +1,6 @@
 """Pictures of a grid and of a choice. They need matplotlib."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def heatmap(grid: Grid, path: str | Path, before: Grid | None = None) -> None:
     grids = [grid] if before is None else [before, grid]
     if before is not None and (before.layers, before.dims) != (grid.layers, grid.dims):
         raise ValueError("before must have the layers and dims of the grid")
-    scores = [score for each in grids for row in each.scores for score in row]
+    scores = [score for each in grids for score in each.defined()] or [0.0]
     size = (1.5 + 0.9 * len(grid.dims)) * len(grids), 1.6 + 0.42 * len(grid.layers)
     figure, axes = _pyplot().subplots(1, len(grids), figsize=size, squeeze=False, layout="constrained")
     image: Any = None
@@ -50,7 +51,8 @@ def heatmap(grid: Grid, path: str | Path, before: Grid | None = None) -> None:
         middle = (min(scores) + max(scores)) / 2
         for i, row in enumerate(each.scores):
             for k, score in enumerate(row):
-                axis.text(k, i, f"{score:.3f}", ha="center", va="center", color="white" if score < middle else "black")
+                text = "–" if math.isnan(score) else f"{score:.3f}"
+                axis.text(k, i, text, ha="center", va="center", color="white" if score < middle else "black")
     figure.colorbar(image, ax=axes[0], label=grid.metric)
     _save(figure, path)
 
