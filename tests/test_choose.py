@@ -148,6 +148,16 @@ def test_bad_limits() -> None:
         choose(GRID, profile_of([1.0, 2.0], layers=[1, 2]))
 
 
+def test_the_default_grid_has_the_layers_of_the_default_profile() -> None:
+    rows = [{"sentence1": f"w{i}", "sentence2": f"w{i + 9} w3", "score": i / 4} for i in range(5)]
+    for architecture, first in (("modernbert", 1), ("bert", 0), ("t5", 0)):
+        model = tiny_model(architecture, num_layers=2)
+        grid = inference.GridEvaluator(rows, dims=[8]).grid(model)
+        costs = profile(model, ["w1"], repeats=1)
+        assert grid.layers == costs.layers == list(range(first, 3))
+        assert choose(grid, costs).pick.layer in grid.layers
+
+
 def test_profile(tmp_path: Path) -> None:
     model = tiny_model(num_layers=3)
     found = profile(model, repeats=1, batch_size=16)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..architecture import final_norm
 from ..losses.embed import Features, pool_all_layers, pooling_of, replaced_forward, replaced_forwards, returned_states
 from ..losses.pipeline import why_not_model
-from .truncate import find_layers, full_width
+from .truncate import fewest_layers, find_layers, full_width
 
 
 class AllLayers:
@@ -22,7 +22,7 @@ class AllLayers:
     Args:
         model: Transformer, Pooling and modules that work on rows. In the encoder it is as it was, before and after
             every :meth:`encode`.
-        layers: how many layers to keep, each; None: 0 up to all.
+        layers: how many layers to keep, each; None: 0, where the architecture can be without, up to all.
         apply_norm: whether the earlier layers pass through the encoder's final norm, if it has one: what a model cut
             there does.
 
@@ -38,7 +38,7 @@ class AllLayers:
             raise ValueError(f"model must be a Transformer, a Pooling and modules that work on rows, but {reason}")
         _, encoder_layers = find_layers(model[0].auto_model)
         count = len(encoder_layers)
-        layers = range(count + 1) if layers is None else layers
+        layers = range(fewest_layers(model[0].auto_model), count + 1) if layers is None else layers
         if len(layers) == 0 or any(not 0 <= layer <= count for layer in layers) or len(set(layers)) < len(layers):
             raise ValueError(f"layers must be distinct and from 0 to {count} for this model, got {list(layers)}")
         self.model: Any = model

@@ -46,7 +46,8 @@ class GridEvaluator(BaseEvaluator):
             and sentence2 (or s1, s2) and score, or label; anchor, positive and negative; or anchor and positive,
             which are retrieved among all positives. Labels of 0 and 1 are two classes; where one is a fraction they
             are similarities, as a score is.
-        layers: numbers of layers to keep; None: 0 up to all.
+        layers: numbers of layers to keep; None: 0, where the architecture can be without, up to all: those of a
+            :func:`profile`.
         dims: numbers of dimensions to keep; None: the model's, and its halves down to 32.
         metric: which of the evaluator's; None: its primary one.
         primary: what ``primary_metric`` names, by which a Trainer picks its best model: "last" is the whole model,

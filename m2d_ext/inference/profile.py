@@ -15,7 +15,7 @@ from sentence_transformers import SentenceTransformer
 
 from . import fields
 from .memory import PeakMemory
-from .truncate import find_layers, truncate_model
+from .truncate import fewest_layers, find_layers, truncate_model
 
 DEFAULT_WORDS = 64
 DEFAULT_TEXTS = 128
@@ -131,14 +131,10 @@ def profile(
 
 
 def _cut_models(model: SentenceTransformer, layers: Sequence[int] | None) -> dict[int, SentenceTransformer]:
-    if layers is not None:
-        return {number: truncate_model(model, number).eval() for number in layers}
-    count = len(find_layers(model[0].auto_model)[1])
-    models = {number: truncate_model(model, number).eval() for number in range(1, count + 1)}
-    try:
-        return {0: truncate_model(model, 0).eval()} | models
-    except ValueError:
-        return models
+    if layers is None:
+        encoder = model[0].auto_model
+        layers = range(fewest_layers(encoder), len(find_layers(encoder)[1]) + 1)
+    return {number: truncate_model(model, number).eval() for number in layers}
 
 
 def _peak_of(model: SentenceTransformer) -> Callable[[], int | None]:

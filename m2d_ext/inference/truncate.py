@@ -56,7 +56,10 @@ def truncate_model(
     cut[0].auto_model.config.update(
         {CUT_KEY: {"num_layers": num_layers, "of_layers": len(layers), "dim": dim, "of_dims": width}}
     )
-    _check_loadable(cut[0].auto_model, num_layers)
+    error = _load_error(cut[0].auto_model.config)
+    if error is not None:
+        name = type(cut[0].auto_model).__name__
+        raise ValueError(f"{name} cannot be cut to {num_layers} layers: it could not be loaded again") from error
     _describe(cut, model, num_layers, len(layers), dim, width)
     return cut
 
@@ -77,6 +80,13 @@ def full_width(model: SentenceTransformer) -> int:
 def count_layers(encoder: Any) -> int:
     """How many layers an encoder has, as its configuration counts them."""
     return int(_text_config(encoder.config).num_hidden_layers)
+
+
+def fewest_layers(encoder: Any) -> int:
+    """How few layers an encoder can be cut to: 0, or 1 where its configuration cannot be without."""
+    config = copy.deepcopy(encoder.config)
+    _cut_config(_text_config(config), 0, count_layers(encoder))
+    return 0 if _load_error(config) is None else 1
 
 
 def find_layers(encoder: Any) -> tuple[str, nn.ModuleList]:
@@ -154,14 +164,13 @@ def _cut_config(config: Any, num_layers: int, of_layers: int) -> None:
         setattr(config, name, value)
 
 
-def _check_loadable(encoder: Any, num_layers: int) -> None:
-    """Some configurations cannot be without layers."""
+def _load_error(config: Any) -> Exception | None:
+    """Some configurations cannot be without layers. What they raise is their own."""
     try:
-        type(encoder.config).from_dict(encoder.config.to_dict())
+        type(config).from_dict(config.to_dict())
     except Exception as error:
-        raise ValueError(
-            f"{type(encoder).__name__} cannot be cut to {num_layers} layers: it could not be loaded again"
-        ) from error
+        return error
+    return None
 
 
 def _cut_dims(model: SentenceTransformer, dim: int, width: int) -> None:
