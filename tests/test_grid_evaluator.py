@@ -109,6 +109,18 @@ def test_cells_of_every_evaluator(name: str, normalize: bool) -> None:
     assert_equal_to_cut_models(model, name, grid)
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_model_with_a_truncate_dim(normalize: bool) -> None:
+    model = tiny_model(num_layers=LAYERS, normalize=normalize, hidden=128).double()
+    model.truncate_dim = 64
+    grid = m2d_ext.GridEvaluator(EVALUATORS["similarity"](), layers=[1, LAYERS]).grid(model)
+    assert grid.dims == [64, 32]
+    assert_equal_to_cut_models(model, "similarity", grid)
+    assert model.truncate_dim == 64
+    with pytest.raises(ValueError, match=r"dims must be at most 64 for this model, got \[65\]"):
+        m2d_ext.GridEvaluator(EVALUATORS["similarity"](), dims=[65]).grid(model)
+
+
 def test_cells_with_weights_of_words() -> None:
     model = tiny_model(num_layers=LAYERS, word_weights=True).double()
     grid = m2d_ext.GridEvaluator(EVALUATORS["similarity"](), layers=[LAYERS, 1], dims=DIMS).grid(model)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..architecture import final_norm
 from ..losses.embed import Features, pool_all_layers, pooling_of, replaced_forward, replaced_forwards, returned_states
 from ..losses.pipeline import why_not_model
-from .truncate import fewest_layers, find_layers, full_width
+from .truncate import fewest_layers, find_layers
 
 
 class AllLayers:
@@ -55,8 +55,8 @@ class AllLayers:
 
     @property
     def width(self) -> int:
-        """D, of the rows before any cut."""
-        return full_width(self.model)
+        """How many dimensions the model returns: fewer than its rows have where it has a ``truncate_dim``."""
+        return int(self.model.get_embedding_dimension())
 
     def encode(self, texts: Sequence[str], how: str = "encode", **options: Any) -> Tensor:
         """Rows of all layers.

@@ -48,7 +48,7 @@ class GridEvaluator(BaseEvaluator):
             are similarities, as a score is.
         layers: numbers of layers to keep; None: 0, where the architecture can be without, up to all: those of a
             :func:`profile`.
-        dims: numbers of dimensions to keep; None: the model's, and its halves down to 32.
+        dims: numbers of dimensions to keep; None: as many as the model returns, and its halves down to 32.
         metric: which of the evaluator's; None: its primary one.
         primary: what ``primary_metric`` names, by which a Trainer picks its best model: "last" is the whole model,
             "mean" the mean of the grid's cells that have a score, (layer, dim) one cell.
