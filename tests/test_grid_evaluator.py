@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import gzip
 import json
@@ -119,6 +120,14 @@ def test_a_model_with_a_truncate_dim(normalize: bool) -> None:
     assert model.truncate_dim == 64
     with pytest.raises(ValueError, match=r"dims must be at most 64 for this model, got \[65\]"):
         m2d_ext.GridEvaluator(EVALUATORS["similarity"](), dims=[65]).grid(model)
+
+
+@pytest.mark.parametrize("name", EVALUATORS)
+def test_the_evaluator_stays_as_it_is(name: str) -> None:
+    evaluator = EVALUATORS[name]()
+    before = copy.deepcopy(vars(evaluator))
+    m2d_ext.GridEvaluator(evaluator, layers=[1, 2], dims=[8]).grid(tiny_model())
+    assert vars(evaluator) == before
 
 
 def test_cells_with_weights_of_words() -> None:

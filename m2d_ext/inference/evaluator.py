@@ -393,9 +393,17 @@ class _CellModel:
 PRIMARY = "primary_metric"
 
 
+def _copied(evaluator: Any) -> Any:
+    """For one cell: evaluators note the similarity of the model that they are given, and a column of it."""
+    own = copy.copy(evaluator)
+    if hasattr(own, "csv_headers"):
+        own.csv_headers = list(own.csv_headers)
+    return own
+
+
 def _evaluated(evaluator: Any, cell: _CellModel) -> dict[str, Any]:
     """What an evaluator says of a cell, without its name in front, and which of it is primary."""
-    own = copy.copy(evaluator)
+    own = _copied(evaluator)
     found = own(cell)
     if not isinstance(found, Mapping):
         return {"score": float(found), PRIMARY: "score"}
@@ -435,7 +443,7 @@ def _retrieve(
 
 def _hits_in_chunk(evaluator: Any, cell: _CellModel, first: int) -> dict[str, list[list[Any]]]:
     """The best of a chunk of the corpus, by score function and query, as the evaluator finds them."""
-    chunk = copy.copy(evaluator)
+    chunk = _copied(evaluator)
     last = first + evaluator.corpus_chunk_size
     chunk.corpus, chunk.corpus_ids = evaluator.corpus[first:last], evaluator.corpus_ids[first:last]
     chunk._corpus_id_ranks = None
@@ -456,7 +464,7 @@ def _score_functions(evaluator: Any, cell: _CellModel) -> dict[str, Any]:
 
 
 def _scored(evaluator: Any, cell: _CellModel, hits: dict[str, list[list[Any]]]) -> dict[str, Any]:
-    own = copy.copy(evaluator)
+    own = _copied(evaluator)
     scores = {name: own.compute_metrics(lists) for name, lists in hits.items()}
     own.compute_all_metrics = own.compute_metrices = lambda *_, **__: scores
     return _evaluated(own, cell)
