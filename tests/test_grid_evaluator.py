@@ -130,6 +130,17 @@ def test_the_evaluator_stays_as_it_is(name: str) -> None:
     assert vars(evaluator) == before
 
 
+@pytest.mark.parametrize("primary", ["last", "mean"])
+@pytest.mark.parametrize("name", ["grid", "layer", "spearman", "sts"])
+def test_names_that_metrics_start_with(name: str, primary: Any) -> None:
+    evaluator = EmbeddingSimilarityEvaluator(TEXTS[:20], TEXTS[20:], SCORES, name=name)
+    ours = m2d_ext.GridEvaluator(evaluator, layers=[1], dims=[8], primary=primary)
+    for _ in range(2):
+        metrics = ours(tiny_model())
+        assert set(metrics) == {f"{name}_layer_1_dim_8_spearman_cosine", f"{name}_grid_mean_spearman_cosine"}
+        assert ours.primary_metric in metrics
+
+
 def test_cells_with_weights_of_words() -> None:
     model = tiny_model(num_layers=LAYERS, word_weights=True).double()
     grid = m2d_ext.GridEvaluator(EVALUATORS["similarity"](), layers=[LAYERS, 1], dims=DIMS).grid(model)

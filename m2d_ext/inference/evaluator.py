@@ -131,7 +131,7 @@ class GridEvaluator(BaseEvaluator):
         }
         metrics[f"grid_mean_{grid.metric}"] = grid.mean()
         self.greater_is_better = grid.greater_is_better
-        self.primary_metric = self._primary_name(grid)
+        primary = self._primary_name(grid)
         logger.info("%s: mean of the grid %.4f", self.name or "grid", grid.mean())
         if output_path is not None and self.write_csv:
             self._append_csv(Path(output_path), grid, epoch, steps)
@@ -140,6 +140,8 @@ class GridEvaluator(BaseEvaluator):
             plots.heatmap(grid, Path(output_path, self._file("heatmap", "png")))
             plots.curves(grid, Path(output_path, self._file("curves", "png")))
         metrics = self.prefix_name_to_metrics(metrics, self.name)
+        # Here, for that leaves a metric as it is whose own first word is the name.
+        self.primary_metric = f"{self.name}_{primary}" if self.name else primary
         self.store_metrics_in_model_card_data(model, metrics, epoch, steps)
         return metrics
 
@@ -409,7 +411,9 @@ def _evaluated(evaluator: Any, cell: _CellModel) -> dict[str, Any]:
         return {"score": float(found), PRIMARY: "score"}
     prefix = f"{own.name}_" if getattr(own, "name", "") else ""
     metrics: dict[str, Any] = {name.removeprefix(prefix): value for name, value in found.items()}
-    metrics[PRIMARY] = str(own.primary_metric).removeprefix(prefix)
+    primary = str(own.primary_metric)
+    # One whose own first word is the name has none in front.
+    metrics[PRIMARY] = primary.removeprefix(prefix) if primary in found else primary
     return metrics
 
 
