@@ -17,11 +17,14 @@ import torch
 from datasets import Dataset
 from packaging.version import Version
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.sentence_transformer.evaluation import (
     BinaryClassificationEvaluator,
     EmbeddingSimilarityEvaluator,
     InformationRetrievalEvaluator,
+    MSEEvaluator,
     RerankingEvaluator,
+    TranslationEvaluator,
     TripletEvaluator,
 )
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
@@ -61,6 +64,7 @@ EVALUATORS: dict[str, Any] = {
     "reranking": lambda: RerankingEvaluator(
         [{"query": TEXTS[i], "positive": TEXTS[i + 1 : i + 3], "negative": TEXTS[i + 5 : i + 12]} for i in range(9)]
     ),
+    "translation": lambda: TranslationEvaluator(TEXTS[:20], TEXTS[20:], name="pairs"),
     "retrieval": retrieval,
     "retrieval in chunks": lambda: retrieval(corpus_chunk_size=7, query_prompt="w1 ", corpus_prompt="w2 w3 "),
 }
@@ -139,6 +143,39 @@ def test_names_that_metrics_start_with(name: str, primary: Any) -> None:
         metrics = ours(tiny_model())
         assert set(metrics) == {f"{name}_layer_1_dim_8_spearman_cosine", f"{name}_grid_mean_spearman_cosine"}
         assert ours.primary_metric in metrics
+
+
+def test_distance_from_a_teacher() -> None:
+    model = tiny_model(num_layers=LAYERS, seed=1)
+    evaluator = MSEEvaluator(TEXTS[:9], TEXTS[:9], teacher_model=tiny_model(num_layers=LAYERS).eval())
+    grid = m2d_ext.GridEvaluator(evaluator, layers=[1, LAYERS], dims=[HIDDEN]).grid(model)
+    for layer in grid.layers:
+        expected = evaluator(m2d_ext.truncate_model(model, layer))["negative_mse"]
+        assert grid.score(layer, HIDDEN) == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match=r"dims must be \[32\] for this MSEEvaluator's teacher, got \[8\]"):
+        m2d_ext.GridEvaluator(evaluator, dims=[8])(model)
+
+
+def test_one_text_and_lists_of_rows() -> None:
+    """A user's evaluator may ask for any of the forms that encode gives."""
+    model = tiny_model(num_layers=LAYERS).eval()
+
+    class Forms(BaseEvaluator):
+        def __call__(self, model: Any, *_: Any) -> float:  # type: ignore[override]
+            for texts in (TEXTS[0], TEXTS[:3]):
+                for options in ({}, {"convert_to_numpy": False}, {"convert_to_tensor": True}):
+                    shapes.append(shape_of(model.encode(texts, **options)))
+            return 0.0
+
+    def shape_of(rows: Any) -> Any:
+        if isinstance(rows, list):
+            return [shape_of(row) for row in rows]
+        return type(rows).__name__, tuple(rows.shape)
+
+    shapes: list[Any] = []
+    m2d_ext.GridEvaluator(Forms(), layers=[LAYERS], dims=[HIDDEN]).grid(model)
+    Forms()(model)
+    assert shapes[:6] == shapes[6:]
 
 
 def test_cells_with_weights_of_words() -> None:

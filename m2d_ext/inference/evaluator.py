@@ -16,6 +16,7 @@ from sentence_transformers.sentence_transformer.evaluation import (
     BinaryClassificationEvaluator,
     EmbeddingSimilarityEvaluator,
     InformationRetrievalEvaluator,
+    MSEEvaluator,
     TripletEvaluator,
 )
 from sentence_transformers.util import quantize_embeddings
@@ -42,9 +43,10 @@ class GridEvaluator(BaseEvaluator):
     Args:
         evaluator_or_data: a sentence-transformers evaluator of embeddings: similarity, triplets, binary
             classification, information retrieval, or any other that asks a model for nothing but ``encode`` and
-            ``similarity``. Or rows, as a ``datasets.Dataset`` or a sequence of mappings, with the columns sentence1
-            and sentence2 (or s1, s2) and score, or label; anchor, positive and negative; or anchor and positive,
-            which are retrieved among all positives. Labels of 0 and 1 are two classes; where one is a fraction they
+            ``similarity``; of an ``MSEEvaluator`` only the teacher's width can be in ``dims``. Or rows, as a
+            ``datasets.Dataset`` or a sequence of mappings, with the columns sentence1 and sentence2 (or s1, s2) and
+            score, or label; anchor, positive and negative; or anchor and positive, which are retrieved among all
+            positives. Labels of 0 and 1 are two classes; where one is a fraction they
             are similarities, as a score is.
         layers: numbers of layers to keep; None: 0, where the architecture can be without, up to all: those of a
             :func:`profile`.
@@ -155,6 +157,7 @@ class GridEvaluator(BaseEvaluator):
         dims = default_dims(encoder.width) if self.dims is None else self.dims
         if max(dims) > encoder.width:
             raise ValueError(f"dims must be at most {encoder.width} for this model, got {dims}")
+        self._check_teacher(dims)
         rows = _Rows(encoder, self._encoding)
         cells = [[_CellModel(rows, place, dim) for dim in dims] for place in range(len(encoder.layers))]
         if isinstance(self.evaluator, InformationRetrievalEvaluator):
@@ -178,6 +181,13 @@ class GridEvaluator(BaseEvaluator):
         )
         self._warn_of_undefined(grid)
         return grid
+
+    def _check_teacher(self, dims: Sequence[int]) -> None:
+        """The distance from a teacher's rows is of rows as wide as they are."""
+        if isinstance(self.evaluator, MSEEvaluator):
+            width = self.evaluator.source_embeddings.shape[1]
+            if list(dims) != [width]:
+                raise ValueError(f"dims must be [{width}] for this MSEEvaluator's teacher, got {list(dims)}")
 
     def _warn_of_undefined(self, grid: Grid) -> None:
         """Once, and not at every evaluation of a training."""
@@ -389,6 +399,8 @@ class _CellModel:
             found = quantize_embeddings(found, precision=precision)
         if convert_to_tensor or not convert_to_numpy:
             found = torch.as_tensor(found)
+        if not (convert_to_tensor or convert_to_numpy):
+            found = list(found)
         return found[0] if isinstance(sentences, str) else found
 
 
