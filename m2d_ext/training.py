@@ -19,11 +19,11 @@ from sentence_transformers.sentence_transformer.training_args import BatchSample
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback
 
-from .inference.evaluator import GridEvaluator, check_numbers, default_dims
+from .inference.evaluator import GridEvaluator, default_dims
 from .inference.grid import Grid
 from .inference.outputs import check_folder, new_folder
 from .inference.tables import table_of
-from .inference.truncate import count_layers
+from .inference.truncate import check_numbers, count_layers
 from .losses import Matryoshka2dLoss
 
 logger = logging.getLogger("m2d_ext")

@@ -87,6 +87,14 @@ def test_the_colours_are_of_the_scores_there_are(monkeypatch: pytest.MonkeyPatch
     assert scales == [(0.1, 0.2)]
 
 
+def test_a_share_of_a_best_score_below_zero() -> None:
+    grid = Grid([1, 2, 3], [8], [[-0.9], [-0.4], [-0.2]], "negative_mse")
+    with pytest.raises(ValueError, match="min_quality must be a number where all scores are below 0, got '98%'"):
+        choose(grid, COSTS, min_quality="98%")
+    assert choose(grid, COSTS, min_quality=-0.5).pick.layer == 2
+    assert choose(Grid([1, 2, 3], [8], [[-0.9], [-0.4], [0.0]], "rho"), COSTS, min_quality="98%").pick.layer == 3
+
+
 @given(
     st.lists(st.lists(st.integers(0, 5), min_size=3, max_size=3), min_size=1, max_size=4),
     st.lists(st.integers(1, 3), min_size=4, max_size=4),
@@ -183,6 +191,9 @@ def test_profile(tmp_path: Path) -> None:
         profile(model, batch_size=0)
     with pytest.raises(ValueError, match="num_layers must be from 0 to 3"):
         profile(model, layers=[4])
+    for layers in ([], [2, 2], [-1]):
+        with pytest.raises(ValueError, match="layers must be distinct and at least 0, got"):
+            profile(model, layers=layers)
 
 
 @pytest.mark.parametrize(

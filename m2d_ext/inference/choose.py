@@ -64,7 +64,8 @@ def choose(
     Args:
         grid: the qualities.
         profile: the costs, of at least the grid's layers.
-        min_quality: a score; or a share of the best cell's, as "98%".
+        min_quality: a score; or a share of the best cell's, as "98%", where higher scores are better and that is not
+            below 0.
         max_latency: milliseconds to encode one text.
         max_bytes: of a vector in an index.
 
@@ -132,7 +133,10 @@ def _least_quality(min_quality: float | str | None, cells: Sequence[Cell], sign:
         return share
     if sign < 0:
         raise ValueError(f"min_quality must be a number where lower scores are better, got {min_quality!r}")
-    return share * max(cell.quality for cell in cells)
+    best = max(cell.quality for cell in cells)
+    if best < 0:
+        raise ValueError(f"min_quality must be a number where all scores are below 0, got {min_quality!r}")
+    return share * best
 
 
 def _dominates(other: Cell, cell: Cell, sign: int) -> bool:

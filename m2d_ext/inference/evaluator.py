@@ -26,6 +26,7 @@ from . import plots
 from .encode import AllLayers
 from .grid import Grid
 from .tables import Table, table_of
+from .truncate import check_numbers
 
 logger = logging.getLogger("m2d_ext")
 
@@ -46,8 +47,7 @@ class GridEvaluator(BaseEvaluator):
             ``similarity``; of an ``MSEEvaluator`` only the teacher's width can be in ``dims``. Or rows, as a
             ``datasets.Dataset`` or a sequence of mappings, with the columns sentence1 and sentence2 (or s1, s2) and
             score, or label; anchor, positive and negative; or anchor and positive, which are retrieved among all
-            positives. Labels of 0 and 1 are two classes; where one is a fraction they
-            are similarities, as a score is.
+            positives. Labels of 0 and 1 are two classes; where one is a fraction they are similarities, as a score is.
         layers: numbers of layers to keep; None: 0, where the architecture can be without, up to all: those of a
             :func:`profile`.
         dims: numbers of dimensions to keep; None: as many as the model returns, and its halves down to 32.
@@ -305,21 +305,6 @@ _READERS: dict[tuple[str, ...], Callable[..., BaseEvaluator]] = {
     ("anchor", "positive", "negative"): _triplets,
     ("anchor", "positive"): _retrieval,
 }
-
-
-def check_numbers(name: str, numbers: Sequence[int] | None, least: int) -> None:
-    """Layers or dims; None is any.
-
-    Raises:
-        TypeError: they are not ints.
-        ValueError: none, repeated ones or one below the least.
-    """
-    if numbers is None:
-        return
-    if any(not isinstance(number, int) or isinstance(number, bool) for number in numbers):
-        raise TypeError(f"{name} must be ints, got {list(numbers)}")
-    if len(numbers) == 0 or len(set(numbers)) < len(numbers) or min(numbers) < least:
-        raise ValueError(f"{name} must be distinct and at least {least}, got {list(numbers)}")
 
 
 class _Rows:

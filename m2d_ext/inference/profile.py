@@ -15,7 +15,7 @@ from sentence_transformers import SentenceTransformer
 
 from . import fields
 from .memory import PeakMemory
-from .truncate import fewest_layers, find_layers, truncate_model
+from .truncate import check_numbers, fewest_layers, find_layers, truncate_model
 
 DEFAULT_WORDS = 64
 DEFAULT_TEXTS = 128
@@ -100,10 +100,13 @@ def profile(
         The :class:`Profile`.
 
     Raises:
-        ValueError: no texts, or numbers that are not positive; what :func:`m2d_ext.truncate_model` says.
+        TypeError: layers that are not ints.
+        ValueError: no texts, or numbers that are not positive; layers that are empty or repeated; what
+            :func:`m2d_ext.truncate_model` says.
     """
     if batch_size <= 0 or repeats <= 0:
         raise ValueError(f"batch_size and repeats must be positive, got {batch_size} and {repeats}")
+    check_numbers("layers", layers, least=0)
     texts = _some_texts(model) if texts is None else list(texts)
     if not texts:
         raise ValueError("texts must hold at least one text, got none")
