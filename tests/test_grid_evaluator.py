@@ -8,6 +8,7 @@ import gzip
 import json
 import math
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,16 @@ def test_one_text_and_lists_of_rows() -> None:
     m2d_ext.GridEvaluator(Forms(), layers=[LAYERS], dims=[HIDDEN]).grid(model)
     Forms()(model)
     assert shapes[:6] == shapes[6:]
+
+
+def test_a_model_that_was_evaluated_can_be_pickled_once_reloaded(tmp_path: Path) -> None:
+    """What docs/troubleshooting.md advises: transformers' hooks stay on the encoder, and on what is cut from it."""
+    model = tiny_model(num_layers=LAYERS).eval()
+    m2d_ext.GridEvaluator(EVALUATORS["similarity"](), layers=[1, 2], dims=[8]).grid(model)
+    for name, each in (("whole", model), ("cut", m2d_ext.truncate_model(model, 2, 8))):
+        each.save_pretrained(str(tmp_path / name))
+        again = pickle.loads(pickle.dumps(SentenceTransformer(str(tmp_path / name), device="cpu")))
+        assert torch.equal(again.encode(TEXTS, convert_to_tensor=True), each.encode(TEXTS, convert_to_tensor=True))
 
 
 def test_cells_with_weights_of_words() -> None:

@@ -20,8 +20,8 @@ class AllLayers:
     """A model that encodes to the rows of several layers at once.
 
     Args:
-        model: Transformer, Pooling and modules that work on rows. In the encoder it is as it was, before and after
-            every :meth:`encode`.
+        model: Transformer, Pooling and modules that work on rows. Its modules, configuration and mode are after every
+            :meth:`encode` what they were; the hooks by which transformers records hidden states stay on the encoder.
         layers: how many layers to keep, each; None: 0, where the architecture can be without, up to all.
         apply_norm: whether the earlier layers pass through the encoder's final norm, if it has one: what a model cut
             there does.
