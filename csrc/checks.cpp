@@ -333,7 +333,7 @@ LogSumExpProblem read_scores(const Tensor& scores, const std::optional<Tensor>& 
   const bool is_one_batch = scores.stride(0) == scores.size(1) * scores.stride(1);
   LogSumExpProblem problem{{},
                            is_one_batch && scores.stride(3) == 1 ? scores : scores.contiguous(),
-                           mask ? mask->contiguous() : Tensor(),
+                           mask ? mask->contiguous().to(at::kDouble) : Tensor(),
                            scores.sizes().vec()};
   problem.params = {scores.size(0) * scores.size(1),
                     scores.size(2),
@@ -341,7 +341,7 @@ LogSumExpProblem read_scores(const Tensor& scores, const std::optional<Tensor>& 
                     problem.scores.stride(1),
                     problem.scores.stride(2),
                     problem.scores.const_data_ptr<double>(),
-                    mask ? problem.mask.const_data_ptr<bool>() : nullptr,
+                    mask ? problem.mask.const_data_ptr<double>() : nullptr,
                     scale,
                     over_rows};
   problem.result.erase(problem.result.begin() + (over_rows ? 2 : 3));

@@ -119,7 +119,8 @@ struct LogSumExpParams {
   int64_t batches, rows, columns;
   int64_t batch_stride, row_stride;  // of the scores; columns lie side by side
   const double* scores;
-  const bool* mask;  // (rows, columns), true: left out, of all batches; nullptr: none are
+  // (rows, columns), not 0: left out, of all batches; nullptr: none are. As wide as the scores, for vectors of both.
+  const double* mask;
   double scale;
   bool over_rows;  // the results are (batches, columns), else (batches, rows)
 };

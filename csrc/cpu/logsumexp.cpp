@@ -24,25 +24,25 @@ constexpr int64_t kGrain = 1 << 14;  // scores that are worth a thread
 constexpr int64_t kColumns = 256;    // summed side by side, over rows
 
 template <bool kMasked>
-M2D_INLINE double exponential(double score, double max, const bool* masked, int64_t j) {
+M2D_INLINE double exponential(double score, double max, const double* masked, int64_t j) {
   const double e = exp_nonpositive<double>(score - max);
-  return kMasked && masked[j] ? 0.0 : e;
+  return kMasked && masked[j] != 0 ? 0.0 : e;
 }
 
 template <bool kMasked>
-M2D_MULTIVERSION double row_max(const double* __restrict x, const bool* __restrict masked,
+M2D_MULTIVERSION double row_max(const double* __restrict x, const double* __restrict masked,
                                 double scale, int64_t n) {
   double max = -kInfinity;
 #pragma omp simd reduction(max : max)
   for (int64_t j = 0; j < n; ++j) {
-    const double score = kMasked && masked[j] ? -kInfinity : scale * x[j];
+    const double score = kMasked && masked[j] != 0 ? -kInfinity : scale * x[j];
     max = score > max ? score : max;
   }
   return max;
 }
 
 template <bool kMasked>
-M2D_MULTIVERSION double row_sum(const double* __restrict x, const bool* __restrict masked,
+M2D_MULTIVERSION double row_sum(const double* __restrict x, const double* __restrict masked,
                                 double scale, double max, int64_t n) {
   double sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -51,16 +51,16 @@ M2D_MULTIVERSION double row_sum(const double* __restrict x, const bool* __restri
 }
 
 template <bool kMasked>
-M2D_MULTIVERSION void raise_maxima(const double* __restrict x, const bool* __restrict masked,
+M2D_MULTIVERSION void raise_maxima(const double* __restrict x, const double* __restrict masked,
                                    double scale, int64_t n, double* __restrict max) {
   for (int64_t j = 0; j < n; ++j) {
-    const double score = kMasked && masked[j] ? -kInfinity : scale * x[j];
+    const double score = kMasked && masked[j] != 0 ? -kInfinity : scale * x[j];
     max[j] = score > max[j] ? score : max[j];
   }
 }
 
 template <bool kMasked>
-M2D_MULTIVERSION void add_exponentials(const double* __restrict x, const bool* __restrict masked,
+M2D_MULTIVERSION void add_exponentials(const double* __restrict x, const double* __restrict masked,
                                        double scale, const double* __restrict max, int64_t n,
                                        double* __restrict sum) {
   for (int64_t j = 0; j < n; ++j) sum[j] += exponential<kMasked>(scale * x[j], max[j], masked, j);
@@ -68,7 +68,7 @@ M2D_MULTIVERSION void add_exponentials(const double* __restrict x, const bool* _
 
 // out = factor exp(scale x - y)
 template <bool kMasked>
-M2D_MULTIVERSION void weigh_row(const double* __restrict x, const bool* __restrict masked,
+M2D_MULTIVERSION void weigh_row(const double* __restrict x, const double* __restrict masked,
                                 double scale, double y, double factor, int64_t n,
                                 double* __restrict out) {
   for (int64_t j = 0; j < n; ++j)
@@ -77,7 +77,7 @@ M2D_MULTIVERSION void weigh_row(const double* __restrict x, const bool* __restri
 
 // The same with an own y and factor per column.
 template <bool kMasked>
-M2D_MULTIVERSION void weigh_columns(const double* __restrict x, const bool* __restrict masked,
+M2D_MULTIVERSION void weigh_columns(const double* __restrict x, const double* __restrict masked,
                                     double scale, const double* __restrict y,
                                     const double* __restrict factor, int64_t n,
                                     double* __restrict out) {
@@ -134,7 +134,7 @@ class LogSumExp {
   const double* row(int64_t b, int64_t r) const {
     return p_.scores + b * p_.batch_stride + r * p_.row_stride;
   }
-  const bool* mask(int64_t r) const { return kMasked ? p_.mask + r * p_.columns : nullptr; }
+  const double* mask(int64_t r) const { return kMasked ? p_.mask + r * p_.columns : nullptr; }
 
   template <class Body>
   void for_rows(const Body& body) const {
@@ -169,7 +169,7 @@ class LogSumExp {
     for (int64_t c = 0; c < n; ++c) y[c] = logarithm(max[c], sum[c]);
   }
 
-  const bool* mask_from(int64_t r, int64_t first) const {
+  const double* mask_from(int64_t r, int64_t first) const {
     return kMasked ? mask(r) + first : nullptr;
   }
 
