@@ -84,8 +84,8 @@ def matryoshka_2d_loss(
         hidden_states: L tensors (N, T, D), floating point; or (total_tokens, D) with ``cu_seqlens``; or per layer
             a list of tensors (n, T_c, D), such as one per column, whose texts follow each other. The N texts are
             column-major: all anchors, all positives, all first negatives...
-        attention_mask: (N, T), or one (n, T_c) per tensor of a layer; 0 for padding, which the
-            fused path never reads. None: every token counts.
+        attention_mask: (N, T), or one (n, T_c) per tensor of a layer; 0 for padding, which the fused path never
+            reads. None: every token counts.
         cu_seqlens: (N + 1,) int, where each packed text starts and the last one ends.
         num_columns: C >= 2; N is C times the batch size.
         dims: K prefix lengths, ascending and distinct, at most D.

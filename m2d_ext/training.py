@@ -20,10 +20,10 @@ from torch import nn
 from transformers import PrinterCallback, TrainerCallback
 
 from .inference.evaluator import GridEvaluator, default_dims
-from .inference.grid import Grid
+from .inference.grid import Grid, check_axis
 from .inference.outputs import check_folder, new_folder
 from .inference.tables import table_of
-from .inference.truncate import check_numbers, count_layers
+from .inference.truncate import count_layers
 from .losses import Matryoshka2dLoss
 
 logger = logging.getLogger("m2d_ext")
@@ -243,7 +243,7 @@ def _rows_of(data: Any, batch_size: int) -> Any:
 
 def _loss_of(model: SentenceTransformer, dims: Sequence[int] | None, options: dict[str, Any]) -> Matryoshka2dLoss:
     width = model.get_embedding_dimension() or 0
-    check_numbers("dims", dims, least=1)
+    check_axis("dims", dims, least=1)
     dims = default_dims(width) if dims is None else list(dims)
     if max(dims) > width:
         raise ValueError(f"dims must be at most {width} for this model, got {dims}")

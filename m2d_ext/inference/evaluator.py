@@ -24,9 +24,8 @@ from torch import Tensor
 
 from . import plots
 from .encode import AllLayers
-from .grid import Grid
+from .grid import Grid, check_axis
 from .tables import Table, table_of
-from .truncate import check_numbers
 
 logger = logging.getLogger("m2d_ext")
 
@@ -89,8 +88,8 @@ class GridEvaluator(BaseEvaluator):
         self.evaluator: Any = evaluator_or_data if is_evaluator else evaluator_of(evaluator_or_data, name or "")
         if getattr(self.evaluator, "truncate_dim", None) is not None:
             raise ValueError(f"the evaluator's truncate_dim must be None, got {self.evaluator.truncate_dim}: dims cut")
-        check_numbers("layers", layers, least=0)
-        check_numbers("dims", dims, least=1)
+        check_axis("layers", layers, least=0)
+        check_axis("dims", dims, least=1)
         if final_norm not in ("apply", "skip"):
             raise ValueError(f"final_norm must be 'apply' or 'skip', got {final_norm!r}")
         if primary not in ("last", "mean") and not (isinstance(primary, tuple) and len(primary) == 2):

@@ -4,7 +4,7 @@ import csv
 import json
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,8 +62,8 @@ class Grid:
 
     def to_json(self) -> dict[str, Any]:
         """The fields, with None where a score is undefined: JSON has no NaN."""
-        extra = {metric: _replaced(rows, _is_nan, None) for metric, rows in self.extra.items()}
-        return asdict(self) | {"scores": _replaced(self.scores, _is_nan, None), "extra": extra}
+        extra = {metric: _nan_to_none(rows) for metric, rows in self.extra.items()}
+        return asdict(self) | {"scores": _nan_to_none(self.scores), "extra": extra}
 
     @classmethod
     def from_json(cls, data: Any) -> "Grid":
@@ -77,8 +77,8 @@ class Grid:
                 fields.check_type(name, data[name], kind)
         for metric, rows in {"scores": data["scores"], **data.get("extra", {})}.items():
             fields.check_rows(metric, rows)
-        extra = {metric: _replaced(rows, _is_none, math.nan) for metric, rows in data.get("extra", {}).items()}
-        grid = cls(**data | {"scores": _replaced(data["scores"], _is_none, math.nan), "extra": extra})
+        extra = {metric: _none_to_nan(rows) for metric, rows in data.get("extra", {}).items()}
+        grid = cls(**data | {"scores": _none_to_nan(data["scores"]), "extra": extra})
         for layer, row in zip(grid.layers, data["scores"], strict=True):
             fields.check_numbers(f"scores of layer {layer}", row, len(grid.dims), allow_none=True)
         return grid
@@ -105,13 +105,24 @@ class Grid:
                     writer.writerow([layer, dim, self.scores[i][k], *(rows[i][k] for rows in self.extra.values())])
 
 
-def _replaced(rows: list[list[Any]], old: Callable[[Any], bool], new: Any) -> list[list[Any]]:
-    return [[new if old(score) else score for score in row] for row in rows]
+def _nan_to_none(rows: list[list[float]]) -> list[list[float | None]]:
+    return [[None if math.isnan(score) else score for score in row] for row in rows]
 
 
-def _is_nan(score: float) -> bool:
-    return math.isnan(score)
+def _none_to_nan(rows: list[list[float | None]]) -> list[list[float]]:
+    return [[math.nan if score is None else score for score in row] for row in rows]
 
 
-def _is_none(score: float | None) -> bool:
-    return score is None
+def check_axis(name: str, numbers: Sequence[int] | None, least: int) -> None:
+    """Of layers or dims that are asked for; None is any.
+
+    Raises:
+        TypeError: they are not ints.
+        ValueError: none, repeated ones or one below the least.
+    """
+    if numbers is None:
+        return
+    if any(not isinstance(number, int) or isinstance(number, bool) for number in numbers):
+        raise TypeError(f"{name} must be ints, got {list(numbers)}")
+    if len(numbers) == 0 or len(set(numbers)) < len(numbers) or min(numbers) < least:
+        raise ValueError(f"{name} must be distinct and at least {least}, got {list(numbers)}")

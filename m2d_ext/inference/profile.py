@@ -14,8 +14,9 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from . import fields
+from .grid import check_axis
 from .memory import PeakMemory
-from .truncate import check_numbers, fewest_layers, find_layers, truncate_model
+from .truncate import fewest_layers, find_layers, truncate_model
 
 DEFAULT_WORDS = 64
 DEFAULT_TEXTS = 128
@@ -106,7 +107,7 @@ def profile(
     """
     if batch_size <= 0 or repeats <= 0:
         raise ValueError(f"batch_size and repeats must be positive, got {batch_size} and {repeats}")
-    check_numbers("layers", layers, least=0)
+    check_axis("layers", layers, least=0)
     texts = _some_texts(model) if texts is None else list(texts)
     if not texts:
         raise ValueError("texts must hold at least one text, got none")

@@ -2,7 +2,6 @@
 
 import copy
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,21 +62,6 @@ def truncate_model(
         raise ValueError(f"{name} cannot be cut to {num_layers} layers: it could not be loaded again") from error
     _describe(cut, model, num_layers, len(layers), dim, width)
     return cut
-
-
-def check_numbers(name: str, numbers: Sequence[int] | None, least: int) -> None:
-    """Layers or dims; None is any.
-
-    Raises:
-        TypeError: they are not ints.
-        ValueError: none, repeated ones or one below the least.
-    """
-    if numbers is None:
-        return
-    if any(not isinstance(number, int) or isinstance(number, bool) for number in numbers):
-        raise TypeError(f"{name} must be ints, got {list(numbers)}")
-    if len(numbers) == 0 or len(set(numbers)) < len(numbers) or min(numbers) < least:
-        raise ValueError(f"{name} must be distinct and at least {least}, got {list(numbers)}")
 
 
 def full_width(model: SentenceTransformer) -> int:
