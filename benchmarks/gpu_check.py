@@ -29,7 +29,8 @@ MINUTES = 7.0
 WORKERS = 8  # of each run of pytest, where pytest-xdist is installed
 REPEATS = 10_000
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-CHECKS = ("cuda", "repeats", "cpu", "compile", "plain run", "compute-sanitizer", *TOOLS)  # the order of the table
+# In the order of the table.
+CHECKS = ("cuda", "losses", "repeats", "cpu", "compile", "plain run", "compute-sanitizer", *TOOLS)
 RESULT = {0: "passed", None: "not finished"}  # by exit status
 TITLE = "m2d_ext on a GPU: tests and compute-sanitizer"
 
@@ -127,6 +128,7 @@ def main() -> None:
 
     gpu_tests = ["tests/test_cuda.py"]
     repeated = [*gpu_tests, "-k", "one_bit_pattern"]
+    losses = ["tests/test_losses_parity.py", "tests/test_gradient_caching.py"]
     cpu_tests = ["tests/test_functional.py", "tests/test_ops.py"]
     tests = partial(run_tests, args.build, deadline)
     program = args.build.resolve() / "gpu_main"
@@ -137,6 +139,7 @@ def main() -> None:
 
         started = [
             start("cuda", tests, gpu_tests, M2D_TEST_DEVICE="cuda"),
+            start("losses", tests, losses, M2D_TEST_DEVICE="cuda"),
             start("repeats", tests, repeated, M2D_TEST_DEVICE="cuda", M2D_REPEATS=str(REPEATS)),
             start("cpu", tests, cpu_tests),
         ]

@@ -19,6 +19,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
 from m2d_ext import autograd
+from tiny_models import DEVICE
 
 LossBuilder = Callable[[SentenceTransformer], nn.Module]
 # Called once for every run, because the losses write into the feature dicts that they are given.
@@ -110,9 +111,9 @@ def run(
 ) -> Outcome:
     """One forward and, where the loss has a gradient, one backward, on a copy of the model."""
     model = copy.deepcopy(model)
-    loss_module = build(model).to(dtype)
-    if labels is not None and labels.is_floating_point():
-        labels = labels.to(dtype)
+    loss_module = build(model).to(DEVICE, dtype)
+    if labels is not None:
+        labels = labels.to(DEVICE, dtype if labels.is_floating_point() else None)
     inputs = features(model)
     random.seed(seed)
     torch.manual_seed(seed)

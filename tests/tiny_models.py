@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import tempfile
 from collections.abc import Sequence
 from typing import Any
@@ -18,9 +19,12 @@ import transformers
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling, WordWeights
+from sentence_transformers.util import batch_to_device
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
+# Where the models and their features are: `make gpu-check` runs the tests of the losses on the GPU too.
+DEVICE = os.environ.get("M2D_TEST_DEVICE", "cpu")
 ARCHITECTURES = ("bert", "mpnet", "modernbert", "qwen3")
 HIDDEN = 32
 NUM_LAYERS = 3
@@ -307,11 +311,12 @@ def tiny_model(
             modules.append(Dense(pooling_module.pooling_output_dimension, dense))
     if normalize:
         modules.append(Normalize())
-    return SentenceTransformer(modules=modules, device="cpu").train()
+    return SentenceTransformer(modules=modules, device=DEVICE).train()
 
 
 def features_of(
     model: SentenceTransformer, columns: Sequence[Sequence[str]], **preprocess: Any
 ) -> list[dict[str, Any]]:
     """One feature dict per column, each padded to its own longest text, as the trainer's collator makes them."""
-    return [model.preprocess(list(column), **preprocess) for column in columns]
+    made = [model.preprocess(list(column), **preprocess) for column in columns]
+    return [batch_to_device(features, torch.device(DEVICE)) for features in made]
