@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import m2d_ext
 from m2d_ext.losses import cached
-from tiny_models import HIDDEN, features_of, sentence, tiny_model
+from tiny_models import DEVICE, HIDDEN, features_of, sentence, tiny_model
 
 DIMS = [HIDDEN, 8, 4]
 ALL_CELLS: dict[str, Any] = {"matryoshka_dims": DIMS, "n_layers_per_step": -1, "n_dims_per_step": -1}
@@ -197,7 +197,7 @@ def test_autocast_is_replayed() -> None:
     model[0].auto_model.encoder.layer[0].attention.self.query.register_forward_hook(
         lambda _module, _inputs, output: dtypes.append(output.dtype)
     )
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         value = loss_2d(model, mini_batch_size=4)(columns_of(model), None)
     embedded = len(dtypes)
     value.backward()
@@ -273,7 +273,7 @@ def test_other_directions() -> None:
 @pytest.mark.parametrize("name", ["CoSENTLoss", "CosineSimilarityLoss", "AnglELoss"])
 def test_losses_that_have_no_caching_of_their_own(name: str) -> None:
     model = tiny_model().double()
-    base, labels = getattr(st_losses, name), torch.linspace(0, 1, 9).double()
+    base, labels = getattr(st_losses, name), torch.linspace(0, 1, 9, device=DEVICE).double()
     results = []
     for options in ({}, {"mini_batch_size": 4}):
         loss = loss_2d(model, base, **options)
@@ -297,4 +297,4 @@ def test_no_caching_in_the_loop(build: Callable[[Any], nn.Module]) -> None:
     model = tiny_model()
     options = {} if build is other_caching_base else {"mini_batch_size": 4}
     with pytest.raises(ValueError, match=r"Matryoshka2dLoss cannot cache gradients \(mini_batch_size\) here: "):
-        loss_2d(model, build, **options)(columns_of(model), torch.zeros(9))
+        loss_2d(model, build, **options)(columns_of(model), torch.zeros(9, device=DEVICE))

@@ -44,6 +44,7 @@ from parity import (
 from tiny_models import (
     ARCHITECTURES,
     CONFIGS,
+    DEVICE,
     HIDDEN,
     MORE_CONFIGS,
     PADDING_CONFIGS,
@@ -1044,7 +1045,7 @@ def test_orthogonal_regularization(wrapper: str, lengths: Any, arguments: dict[s
     found, expected = (list(outcome.gradients.values()) for outcome in outcomes)
     scale = max(grad.norm() for grad in expected if grad is not None)
     for a, b in zip(found, expected, strict=True):
-        a, b = (torch.zeros(()) if grad is None else grad for grad in (a, b))
+        a, b = (torch.zeros((), device=DEVICE) if grad is None else grad for grad in (a, b))
         assert (a - b).norm() <= 1e-9 * scale
 
 
@@ -1085,7 +1086,7 @@ def test_guided_by_the_model_itself(wrapper: str, shared: str) -> None:
 
     def base(model: Any) -> nn.Module:
         guides = {"model": model, "wrapper": Wrapper(model, "module")}
-        guide = guides.get(shared) or SentenceTransformer(modules=[model[0], Pooling(HIDDEN, "cls")], device="cpu")
+        guide = guides.get(shared) or SentenceTransformer(modules=[model[0], Pooling(HIDDEN, "cls")], device=DEVICE)
         guided = st_losses.GISTEmbedLoss(model, model, temperature=0.1)
         guided.guide = guide
         return guided
@@ -1247,7 +1248,7 @@ def test_fallback_for_hooked_modules(wrapper: str, index: int) -> None:
     """A hook that changes what the module gives must not be bypassed."""
 
     def damp_second_half(module: nn.Module, inputs: Any, output: dict[str, Tensor]) -> dict[str, Tensor]:
-        factor = torch.ones(HIDDEN, dtype=output["sentence_embedding"].dtype)
+        factor = torch.ones_like(output["sentence_embedding"][0])
         factor[HIDDEN // 2 :] = 0.25
         return {**output, "sentence_embedding": output["sentence_embedding"] * factor}
 
@@ -1259,7 +1260,7 @@ def test_fallback_for_hooked_modules(wrapper: str, index: int) -> None:
 
 def prepared(model: SentenceTransformer) -> None:
     accelerate = pytest.importorskip("accelerate")
-    accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
+    accelerate.Accelerator(mixed_precision="bf16", cpu=DEVICE == "cpu").prepare_model(model)
 
 
 def damped(model: SentenceTransformer) -> None:
@@ -1268,7 +1269,7 @@ def damped(model: SentenceTransformer) -> None:
 
     def damp(self: Any, features: dict[str, Any], **options: Any) -> dict[str, Any]:
         output = forward(features, **options)
-        factor = torch.linspace(0.1, 2.0, HIDDEN, dtype=output["sentence_embedding"].dtype)
+        factor = torch.linspace(0.1, 2.0, HIDDEN).to(output["sentence_embedding"])
         return {**output, "sentence_embedding": output["sentence_embedding"] * factor}
 
     model.forward = types.MethodType(damp, model)

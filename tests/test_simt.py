@@ -702,29 +702,30 @@ FAULTS = {
     "no grid sync after the norms": Fault("forward.cu", "  norms(p);\n  grid_sync();", "  norms(p);"),
     "no grid sync after the centers": Fault("forward.cu", "  centers(p);\n  grid_sync();", "  centers(p);"),
     "no grid sync after the rows are centered": Fault(
-        "forward.cu",
-        "  center_rows(p, p.gathered, false);\n  grid_sync();",
-        "  center_rows(p, p.gathered, false);",
+        "forward.cu", "  center_rows(p);\n  grid_sync();", "  center_rows(p);"
     ),
-    "no grid sync before the softmax": Fault(
-        "forward.cu",
-        "learn(p, num_product_tiles(p, wave));\n  grid_sync();",
-        "learn(p, num_product_tiles(p, wave));",
+    "the KL's rows are counted from anywhere": Fault("forward.cu", "*p.kl_ticket = 0;", "*p.kl_ticket = 1;"),
+    "no grid sync before the softmax": Fault("forward.cu", "learn(p);\n  grid_sync();", "learn(p);"),
+    "no grid sync before the columns": Fault(
+        "forward.cu", "anchor_cells(p, wave);\n  grid_sync();", "anchor_cells(p, wave);"
     ),
-    "no grid sync before the columns": Fault("forward.cu", "== 0) kl_means(p);\n  grid_sync();", "== 0) kl_means(p);"),
-    "no grid sync before the gradients": Fault(
-        "forward.cu", "cell_means(p, wave);\n  grid_sync();", "cell_means(p, wave);"
-    ),
+    "no grid sync before the gradients": Fault("forward.cu", "kl_means(p);\n  grid_sync();", "kl_means(p);"),
     "no barrier between the warps' sums of a column": Fault(
         "cells.cuh",
-        "      __syncthreads();\n      const int j = first + thread;",
-        "      const int j = first + thread;",
+        "      __syncthreads();\n      const int g = thread / kColumnWidth;",
+        "      const int g = thread / kColumnWidth;",
+    ),
+    "no barrier before the candidates' sides are read": Fault(
+        "cells.cuh", "    __syncthreads();\n    for (int index", "    for (int index"
     ),
     "the sums of the next cell where those of this one are": Fault("cells.cuh", "      turn = 1 - turn;\n", ""),
     "no barrier between the terms and the elements": Fault(
         "gradients.cuh",
         "  __syncthreads();\n  const GradientRows<Real> rows",
         "  const GradientRows<Real> rows",
+    ),
+    "the terms are not loaded": Fault(
+        "tile_product.cuh", "if (stage == -1) meanwhile();", "if (stage == -kStages) meanwhile();"
     ),
     "no barrier before the next tile": Fault("gradients.cuh", "  __syncthreads();  // before the terms", "  //"),
     "no grid sync before the parts of a cell are merged": Fault(

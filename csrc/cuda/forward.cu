@@ -9,7 +9,7 @@
 //   products    <delta_i, delta_j> over each chunk                             a block per 64 x 64 tile
 //               and, once, the KL                                              a warp per row
 //   cells       normaliser and cross-entropy of an anchor in a cell            a warp each
-//   columns     X in place of the products, and the sums down its columns      a block per 16 or 8 columns
+//   columns     X in place of the products, and the sums down its columns      a block per 8 columns
 //   gradients   X delta of anchors, X^T delta of candidates, and from them dP  a block per 64 x 64 tile
 //
 // Each element has one owner and every sum an order that depends on the sizes alone: the same bits for any grid.
@@ -42,9 +42,9 @@ M2D_DEVICE void pool(const LossArgs<Real>& p, float* scratch) {
 // Of rows that this very block has pooled: no barrier in between.
 template <class Real>
 M2D_DEVICE void norms(const LossArgs<Real>& p) {
-  const GridShape& s = p.shape;
-  for_each_row(p, p.pooled, [&](int layer, int r) { compute_norms(s, p.pooled, layer, r); });
-  for_each_row(p, p.gathered, [&](int layer, int r) { compute_norms(s, p.gathered, layer, r); });
+  for_each_row(p, [&](bool is_pooled, int layer, int r) {
+    compute_norms(p.shape, row_set(p, is_pooled), layer, r);
+  });
 }
 
 // A block per layer and chunk, and what no prefix covers.
@@ -76,12 +76,13 @@ M2D_DEVICE void centers(const LossArgs<Real>& p) {
 }
 
 template <class Real>
-M2D_DEVICE void center_rows(const LossArgs<Real>& p, const RowSet<Real>& set, bool is_pooled) {
+M2D_DEVICE void center_rows(const LossArgs<Real>& p) {
   const GridShape& s = p.shape;
-  for_each_row(p, set, [&](int layer, int r) {
+  for_each_row(p, [&](bool is_pooled, int layer, int r) {
     const int64_t first = static_cast<int64_t>(layer) * s.num_dims;
-    center_row(s, set, p.centers + static_cast<int64_t>(layer) * s.dim, p.center_chunks + first,
-               is_pooled && r == 0 ? p.center_squared + first : nullptr, layer, r);
+    center_row(s, row_set(p, is_pooled), p.centers + static_cast<int64_t>(layer) * s.dim,
+               p.center_chunks + first, is_pooled && r == 0 ? p.center_squared + first : nullptr,
+               layer, r);
   });
 }
 
@@ -120,10 +121,9 @@ M2D_DEVICE void reduce(const LossArgs<Real>& p) {
 template <bool kSplitCells, bool kSplitGradients, class Real>
 M2D_DEVICE void run_wave(const LossArgs<Real>& p, const Wave& wave, float* scratch) {
   chunk_products<kSplitCells>(p, wave, scratch);
-  if (wave.first_layer + wave.first == 0) learn(p, num_product_tiles(p, wave));
+  if (wave.first_layer + wave.first == 0) learn(p);
   grid_sync();
   anchor_cells(p, wave);
-  if (wave.first_layer + wave.first == 0) kl_means(p);
   grid_sync();
   if (p.parts > 1) {
     merge_cell_parts(p, wave);
@@ -131,6 +131,7 @@ M2D_DEVICE void run_wave(const LossArgs<Real>& p, const Wave& wave, float* scrat
   }
   if (p.shape.wants_grad) columns(p, wave, scratch);
   if (wave.is_last) cell_means(p, wave);
+  if (wave.first_layer + wave.first == 0) kl_means(p);
   grid_sync();
   if (!p.shape.wants_grad) return;
   gradients<kSplitGradients>(p, wave, scratch);
@@ -140,25 +141,20 @@ M2D_DEVICE void run_wave(const LossArgs<Real>& p, const Wave& wave, float* scrat
   }
 }
 
-// In shared memory, a wave takes no registers from the stages.
+// In shared memory, a wave takes no registers from the stages. Where no layer has cells, the first one has none either,
+// and brings the KL.
 template <bool kSplitCells, bool kSplitGradients, class Real>
 M2D_DEVICE void run_waves(const LossArgs<Real>& p, float* scratch) {
   M2D_SHARED(Wave, wave, [1]);
-  if (p.num_active == 0) {
-    learn(p, 0);
-    grid_sync();
-    kl_means(p);
-    grid_sync();
-    return;
-  }
   if (threadIdx.x == 0) wave[0] = make_wave(p, 0, 0);
   __syncthreads();
-  while (wave[0].num_layers > 0) {
+  for (;;) {
     run_wave<kSplitCells, kSplitGradients>(p, wave[0], scratch);
     __syncthreads();
     if (threadIdx.x == 0) wave[0] = next_wave(p, wave[0]);
     __syncthreads();
-    if (wave[0].num_layers > 0) grid_sync();  // X of the wave before is no longer read
+    if (wave[0].num_layers <= 0) return;
+    grid_sync();  // X of the wave before is no longer read
   }
 }
 
@@ -167,19 +163,16 @@ template <class Scalar, class Real, bool kSplitCells, bool kSplitGradients>
 __global__ void __launch_bounds__(kThreads, kBlocksOfProcessor)
     loss_kernel(const __grid_constant__ LossArgs<Real> p) {
   M2D_SHARED(float, scratch, [kScratch]);
+  if (blockIdx.x == 0 && threadIdx.x == 0) *p.kl_ticket = 0;
   if constexpr (!std::is_void_v<Scalar>) pool<Scalar>(p, scratch);
   norms(p);
   grid_sync();
   centers(p);
   grid_sync();
-  center_rows(p, p.pooled, true);
-  center_rows(p, p.gathered, false);
+  center_rows(p);
   grid_sync();
   run_waves<kSplitCells, kSplitGradients>(p, scratch);
-  if (p.shape.wants_grad) {
-    other_gradients(p, p.pooled, true);
-    other_gradients(p, p.gathered, false);
-  }
+  if (p.shape.wants_grad) other_gradients(p);
   reduce(p);
 }
 
@@ -235,8 +228,8 @@ GridShape grid_shape(const LossParams<float>& p) {
 }
 
 template <class Real>
-RowSet<Real> row_set(const LossParams<float>& p, const Rows<const float>& pooled,
-                     const Rows<float>& grad, int64_t count, Arena& arena) {
+RowSet<Real> make_rows(const LossParams<float>& p, const Rows<const float>& pooled,
+                       const Rows<float>& grad, int64_t count, Arena& arena) {
   const int64_t rows = p.num_layers * count;
   RowSet<Real> set{};
   set.delta = arena.take<float>(rows * p.dim);
@@ -273,13 +266,14 @@ LossArgs<Real> loss_args(const LossParams<float>& p, Arena& arena) {
   for (int l = 0; l < s.num_layers; ++l) {
     if (s.used_dims[l] > 0) args.active[args.num_active++] = static_cast<int16_t>(l);
   }
-  args.pooled = row_set<Real>(p, p.pooled, p.pooled_grad, p.num_texts, arena);
+  args.pooled = make_rows<Real>(p, p.pooled, p.pooled_grad, p.num_texts, arena);
   args.gathered =
-      row_set<Real>(p, p.candidates, p.candidate_grad, p.gathered ? p.num_candidates : 0, arena);
+      make_rows<Real>(p, p.candidates, p.candidate_grad, p.gathered ? p.num_candidates : 0, arena);
   args.centers = arena.take<float>(p.num_layers * p.dim);
   args.center_chunks = arena.take<Real>(p.num_layers * p.num_dims);
   args.center_squared = arena.take<Real>(p.num_layers * p.num_dims);
   args.kl_rows = arena.take<KlRow<Real>>(s.has_kl ? p.num_layers * p.num_texts : 0);
+  args.kl_ticket = arena.take<int>(1);
   args.x_stride = (p.num_candidates + 3) / 4 * 4;  // rows of whole 16-byte vectors
   choose_waves(args);
   const int64_t cells = p.num_layers * p.num_dims;

@@ -98,7 +98,7 @@ template <class Real>
 M2D_DEVICE GradientRows<Real> gradient_rows(const LossArgs<Real>& p, bool is_pooled, int layer,
                                             int first) {
   const GridShape& s = p.shape;
-  const RowSet<Real>& set = is_pooled ? p.pooled : p.gathered;
+  const RowSet<Real>& set = row_set(p, is_pooled);
   const bool has_kl = is_pooled && s.kl_weights[layer] != 0.0f;
   const int64_t begin = row_of(set, layer, first) * s.dim;
   const int teacher = s.num_layers - 1;
@@ -132,18 +132,55 @@ M2D_DEVICE CellsOfRow<Real> cells_of_row(const LossArgs<Real>& p, bool is_pooled
   return {p.candidate_sums + candidate_cell_of(s, layer, 0, candidate), s.num_candidates};
 }
 
-// Of the elements of chunk k.
+// What a row's cells add to its terms.
+template <class Real>
+struct CellTerms {
+  Real alpha, rho, along;
+
+  // Over `count` neighbouring lanes, a power of 2: all of them get the sums.
+  M2D_DEVICE void merge_lanes(int count) {
+    for (int offset = 1; offset < count; offset *= 2) {
+      alpha += __shfl_xor_sync(kAllLanes, alpha, offset);
+      rho += __shfl_xor_sync(kAllLanes, rho, offset);
+      along += __shfl_xor_sync(kAllLanes, along, offset);
+    }
+  }
+};
+
+// Of the elements of chunk k: what prefixes first, first + step, ... add.
+template <class Real>
+M2D_DEVICE CellTerms<Real> cell_terms(const LossArgs<Real>& p, bool is_pooled, int layer, int r,
+                                      int k, int first, int step) {
+  const GridShape& s = p.shape;
+  const RowSet<Real>& set = row_set(p, is_pooled);
+  const CellsOfRow<Real> cells = cells_of_row(p, is_pooled, layer, r);
+  const int used = cells.sums == nullptr ? 0 : s.used_dims[layer];
+  CellTerms<Real> terms{};
+  for (int i = first; i < used; i += step) {
+    if (s.weight(layer, i) == 0.0f) continue;
+    const PrefixRow<Real> row = set.prefixes[prefix_of(s, set, layer, i, r)];
+    const RowSums<Real> sums = cells.sums[i * cells.stride];
+    if (i >= k) terms.alpha += row.inverse * sums.weighted;
+    if (i >= k) terms.rho += row.squared * sums.cosines;
+    if (row.squared == 0) terms.along += sums.cosines;
+  }
+  return terms;
+}
+
 template <class Real>
 M2D_DEVICE RowTerms<Real> row_terms(const LossArgs<Real>& p, bool is_pooled, int layer, int r,
-                                    int k) {
+                                    const CellTerms<Real>& cells) {
   const GridShape& s = p.shape;
-  const RowSet<Real>& set = is_pooled ? p.pooled : p.gathered;
+  const RowSet<Real>& set = row_set(p, is_pooled);
   const int64_t row = row_of(set, layer, r);
   RowTerms<Real> terms{};
   const auto factor_of = [&](int64_t i) { return s.normalize ? Real(1) : 1 / set.full[i]; };
   terms.gamma = static_cast<Real>(set.gamma[row]);
   terms.factor = factor_of(row);
   terms.full = set.full[row];
+  terms.alpha = cells.alpha;
+  terms.rho = cells.rho;
+  terms.along = cells.along;
   if (is_pooled && s.kl_weights[layer] != 0.0f) {
     const int64_t teacher = row_of(set, s.num_layers - 1, r);
     const KlRow<Real> kl = p.kl_rows[row];
@@ -151,32 +188,7 @@ M2D_DEVICE RowTerms<Real> row_terms(const LossArgs<Real>& p, bool is_pooled, int
     terms.teacher_factor = factor_of(teacher);
     terms.teacher_lse = kl.teacher_lse;
     terms.lse_gap = kl.lse_gap;
-    terms.along = kl.along;
-  }
-  const CellsOfRow<Real> cells = cells_of_row(p, is_pooled, layer, r);
-  const int used = cells.sums == nullptr ? 0 : s.used_dims[layer];
-  // Prefixes on their way at a time, as registers allow.
-  constexpr int kBatch = sizeof(Real) == 4 ? 4 : 1;
-  for (int first = 0; first < used; first += kBatch) {
-    Real inverse[kBatch], squared[kBatch];
-    RowSums<Real> sums[kBatch];
-#pragma unroll
-    for (int e = 0; e < kBatch; ++e) {
-      const int i = first + e;
-      if (i >= used || s.weight(layer, i) == 0.0f) continue;
-      const PrefixRow<Real> row = set.prefixes[prefix_of(s, set, layer, i, r)];
-      inverse[e] = row.inverse;
-      squared[e] = row.squared;
-      sums[e] = cells.sums[i * cells.stride];
-    }
-#pragma unroll
-    for (int e = 0; e < kBatch; ++e) {
-      const int i = first + e;
-      if (i >= used || s.weight(layer, i) == 0.0f) continue;
-      if (i >= k) terms.alpha += inverse[e] * sums[e].weighted;
-      if (i >= k) terms.rho += squared[e] * sums[e].cosines;
-      if (squared[e] == 0) terms.along += sums[e].cosines;
-    }
+    terms.along += kl.along;
   }
   // Where |P| is clamped E = P / eps, and only the factor remains.
   if (is_clamped(terms.full)) terms.along = 0;
@@ -193,9 +205,9 @@ struct GradientTile {
 };
 
 // The products with X. An anchor's run over a part of the candidates; a candidate's over the wave's anchors.
-template <bool kSplit, class Real>
+template <bool kSplit, class Real, class Meanwhile>
 M2D_DEVICE void multiply_x(const LossArgs<Real>& p, const Wave& wave, const GradientTile& tile,
-                           float* scratch, Accumulator& c) {
+                           float* scratch, Accumulator& c, const Meanwhile& meanwhile) {
   const GridShape& s = p.shape;
   const RowSet<Real>& others = candidate_rows(p);
   const ColumnBlock& block = tile.block;
@@ -206,13 +218,13 @@ M2D_DEVICE void multiply_x(const LossArgs<Real>& p, const Wave& wave, const Grad
         block.width};
     const int begin = tile.part * kPart;
     multiply<kSplit, false, true>(x, delta, begin, min_of(begin + kPart, s.num_candidates), scratch,
-                                  c);
+                                  c, meanwhile);
   } else {
     const Operand x{x_row(p, tile.w, block.k, 0) + tile.first, p.x_stride, tile.rows};
     const Operand delta{
         p.pooled.delta + row_of(p.pooled, tile.layer, wave.first) * s.dim + block.begin, s.dim,
         block.width};
-    multiply<kSplit, true, true>(x, delta, 0, wave.num_anchors, scratch, c);
+    multiply<kSplit, true, true>(x, delta, 0, wave.num_anchors, scratch, c, meanwhile);
   }
 }
 
@@ -265,14 +277,21 @@ M2D_DEVICE int first_row(const LossArgs<Real>& p, const Wave& wave, const Gradie
   return tile.is_anchors ? wave.first + tile.first : first_candidate(p) + tile.first;
 }
 
+// Some threads per row, each of which reads a few of its prefixes.
 template <class Real>
 M2D_DEVICE void load_terms(const LossArgs<Real>& p, const Wave& wave, const GradientTile& tile) {
+  constexpr int kThreadsOfRow = kThreads / kTile;
+  if (!is_complete(wave, tile)) return;
   const bool is_pooled = tile.is_anchors || !p.shape.gathered;
-  const int row = thread_index();
-  if (is_complete(wave, tile) && row < tile.rows) {
-    shared_terms<Real>()[row] =
-        row_terms(p, is_pooled, tile.layer, first_row(p, wave, tile) + row, tile.block.k);
-  }
+  const int row = thread_index() / kThreadsOfRow;
+  const int mine = thread_index() % kThreadsOfRow;
+  const int r = first_row(p, wave, tile) + row;
+  CellTerms<Real> cells{};
+  if (row < tile.rows)
+    cells = cell_terms(p, is_pooled, tile.layer, r, tile.block.k, mine, kThreadsOfRow);
+  cells.merge_lanes(kThreadsOfRow);
+  if (row < tile.rows && mine == 0)
+    shared_terms<Real>()[row] = row_terms(p, is_pooled, tile.layer, r, cells);
 }
 
 // With the terms and sums in shared memory, which the block has written.
@@ -298,10 +317,16 @@ template <bool kSplit, class Real>
 M2D_DEVICE void gradient_tile(const LossArgs<Real>& p, const Wave& wave, const GradientTile& tile,
                               float* scratch) {
   const bool is_part = tile.is_anchors && p.parts > 1;
-  if (!is_part) load_terms(p, wave, tile);
+  const auto terms = [&] {
+    if (!is_part) load_terms(p, wave, tile);
+  };
   Accumulator c;
   c.clear();
-  if (tile.block.k < p.shape.used_dims[tile.layer]) multiply_x<kSplit>(p, wave, tile, scratch, c);
+  if (tile.block.k < p.shape.used_dims[tile.layer]) {
+    multiply_x<kSplit>(p, wave, tile, scratch, c, terms);
+  } else {
+    terms();
+  }
   if (is_part) {
     float* out = gradient_part(p, tile.w, tile.part, tile.first) + tile.block.begin;
     c.for_each(tile.rows, tile.block.width, [&](int row, int column, float value) {
@@ -380,10 +405,10 @@ M2D_DEVICE void merge_gradient_parts(const LossArgs<Real>& p, const Wave& wave, 
 
 // Rows that no tile covers: of layers without cells, and of texts that are neither anchors nor candidates.
 template <class Real>
-M2D_DEVICE void other_gradients(const LossArgs<Real>& p, const RowSet<Real>& set, bool is_pooled) {
-  for_each_row(p, set, [&](int layer, int r) {
+M2D_DEVICE void other_gradients(const LossArgs<Real>& p) {
+  for_each_row(p, [&](bool is_pooled, int layer, int r) {
     if (cells_of_row(p, is_pooled, layer, r).sums != nullptr) return;
-    const RowTerms<Real> terms = row_terms(p, is_pooled, layer, r, p.shape.num_dims);
+    const RowTerms<Real> terms = row_terms(p, is_pooled, layer, r, CellTerms<Real>{});
     const GradientRows<Real> rows = gradient_rows(p, is_pooled, layer, r);
     for (int d = threadIdx.x % 32; d < rows.dim; d += 32)
       rows.finish(terms, 0, d, FloatVector<1>{});

@@ -90,17 +90,20 @@ M2D_DEVICE void learn(const LossArgs<Real>& p, int layer, int text) {
   if (lane == 0) p.kl_rows[row_of(p.pooled, layer, text)] = result;
 }
 
-// Of all rows that have one; from block `first` on, whoever has nothing else to do.
+// Of all rows that have one: each warp takes the next one when it has nothing else to do. Who takes which does not show in
+// the results.
 template <class Real>
-M2D_DEVICE void learn(const LossArgs<Real>& p, int first) {
+M2D_DEVICE void learn(const LossArgs<Real>& p) {
   const GridShape& s = p.shape;
   if (!s.has_kl) return;
-  const int blocks = block_count();
-  const int block = (static_cast<int>(blockIdx.x) + blocks - first % blocks) % blocks;
-  for (int i = block * kWarps + thread_index() / 32; i < s.num_layers * s.num_texts;
-       i += blocks * kWarps) {
-    const int layer = i / s.num_texts;
-    if (s.kl_weights[layer] != 0.0f) learn(p, layer, i % s.num_texts);
+  const int lane = thread_index() % 32;
+  const auto take = [&] { return lane == 0 ? atomicAdd(p.kl_ticket, 1) : 0; };
+  int row = __shfl_sync(kAllLanes, take(), 0);
+  while (row < s.num_layers * s.num_texts) {
+    const int next = take();  // on its way meanwhile
+    const int layer = row / s.num_texts;
+    if (s.kl_weights[layer] != 0.0f) learn(p, layer, row % s.num_texts);
+    row = __shfl_sync(kAllLanes, next, 0);
   }
 }
 
@@ -108,7 +111,7 @@ M2D_DEVICE void learn(const LossArgs<Real>& p, int first) {
 template <class Real>
 M2D_DEVICE void kl_means(const LossArgs<Real>& p) {
   const GridShape& s = p.shape;
-  for_each_by_warp(s.num_layers, [&](int layer) {
+  for_each_by_last_warps(s.num_layers, [&](int layer) {
     const bool asked = s.kl_weights[layer] != 0.0f;
     const KlRow<Real>* rows = p.kl_rows + row_of(p.pooled, layer, 0);
     const Real mean =

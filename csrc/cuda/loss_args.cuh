@@ -58,6 +58,7 @@ struct LossArgs {
   Real* center_chunks;   // (L, K), |c|^2 of each chunk
   Real* center_squared;  // (L, K), |c_k|^2
   KlRow<Real>* kl_rows;  // (L, N)
+  int* kl_ticket;        // the next row without a KL
   int num_active;        // layers with cells
   int16_t active[kMaxLayers];
   int wave_layers, wave_anchors;
@@ -85,9 +86,15 @@ struct Wave {
   bool is_last;  // of these layers
 };
 
+// The pooled rows, or the gathered ones.
+template <class Real>
+M2D_DEVICE const RowSet<Real>& row_set(const LossArgs<Real>& p, bool is_pooled) {
+  return is_pooled ? p.pooled : p.gathered;
+}
+
 template <class Real>
 M2D_DEVICE const RowSet<Real>& candidate_rows(const LossArgs<Real>& p) {
-  return p.shape.gathered ? p.gathered : p.pooled;
+  return row_set(p, !p.shape.gathered);
 }
 template <class Real>
 M2D_DEVICE int first_candidate(const LossArgs<Real>& p) {
@@ -108,12 +115,6 @@ M2D_DEVICE int64_t anchor_cell_of(const GridShape& s, int layer, int k, int anch
 M2D_DEVICE int64_t candidate_cell_of(const GridShape& s, int layer, int k, int candidate) {
   return (static_cast<int64_t>(layer) * s.num_dims + k) * s.num_candidates + candidate;
 }
-M2D_DEVICE int min_of(int a, int b) {
-  return a < b ? a : b;
-}
-M2D_DEVICE int ceil_div(int a, int b) {
-  return (a + b - 1) / b;
-}
 
 template <class Real>
 M2D_DEVICE Wave make_wave(const LossArgs<Real>& p, int first_layer, int first) {
@@ -127,21 +128,36 @@ M2D_DEVICE Wave next_wave(const LossArgs<Real>& p, const Wave& wave) {
                       : make_wave(p, wave.first_layer, wave.first + wave.num_anchors);
 }
 
-// body(i) for the i < count of this warp, of all warps of the grid. Counts are of rows, cells or tiles: fits() keeps
-// them within 32 bits.
+// body(i) for the i < count of this warp, where the blocks are counted from `block` on. Counts are of rows, cells or tiles:
+// fits() keeps them within 32 bits.
 template <class Body>
-M2D_DEVICE void for_each_by_warp(int count, const Body& body) {
+M2D_DEVICE void for_each_by_warp(int block, int count, const Body& body) {
   const int blocks = block_count();
-  for (int i = thread_index() / 32 * blocks + static_cast<int>(blockIdx.x); i < count;
-       i += kWarps * blocks)
-    body(i);
+  for (int i = thread_index() / 32 * blocks + block; i < count; i += kWarps * blocks) body(i);
 }
 
-// body(layer, row) for the rows of this warp. Row i of all is one of block i % gridDim.x.
+// Of all warps of the grid.
+template <class Body>
+M2D_DEVICE void for_each_by_warp(int count, const Body& body) {
+  for_each_by_warp(static_cast<int>(blockIdx.x), count, body);
+}
+
+// Those of the last blocks first, which have the fewest items of their own.
+template <class Body>
+M2D_DEVICE void for_each_by_last_warps(int count, const Body& body) {
+  for_each_by_warp(block_count() - 1 - static_cast<int>(blockIdx.x), count, body);
+}
+
+// body(is_pooled, layer, row) for the rows of this warp, the pooled ones first: one copy of its code. Row i of all of
+// either kind is one of block i % gridDim.x.
 template <class Real, class Body>
-M2D_DEVICE void for_each_row(const LossArgs<Real>& p, const RowSet<Real>& set, const Body& body) {
-  for_each_by_warp(p.shape.num_layers * set.count,
-                   [&](int i) { body(i / set.count, i % set.count); });
+M2D_DEVICE void for_each_row(const LossArgs<Real>& p, const Body& body) {
+#pragma unroll 1
+  for (int kind = 0; kind < (p.shape.gathered ? 2 : 1); ++kind) {
+    const int count = row_set(p, kind == 0).count;
+    for_each_by_warp(p.shape.num_layers * count,
+                     [&](int i) { body(kind == 0, i / count, i % count); });
+  }
 }
 
 // The mean of value(0..n), by one warp.

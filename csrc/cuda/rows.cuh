@@ -8,6 +8,13 @@
 
 namespace m2d::cuda {
 
+M2D_DEVICE int min_of(int a, int b) {
+  return a < b ? a : b;
+}
+M2D_DEVICE int ceil_div(int a, int b) {
+  return (a + b - 1) / b;
+}
+
 constexpr int kCenterSamples = 8;
 
 // A row in one prefix.
@@ -40,9 +47,18 @@ struct alignas(4 * sizeof(Real)) KlRow {
   Real along;        // <u, d(weighted KL)/dE>, where E is normalised
 };
 
+// One side of a cosine.
+template <class Real>
+struct CosineSide {
+  Real inverse;  // i_k
+  Real gamma;
+  Real along;  // <c, u>_k of a candidate; of an anchor less gamma |c_k|^2
+};
+
 // An anchor in one cell, once its normaliser is known.
 template <class Real>
 struct alignas(4 * sizeof(Real)) AnchorCell {
+  CosineSide<Real> side;
   Real max;            // max_j Z_j
   Real coefficient;    // G_j = coefficient exp(Z_j - max), but for the target:
   Real others;         // G_t = -coefficient others
@@ -107,24 +123,35 @@ struct RowPanel {
   }
 };
 
-// The sum of term(i) over the panel's elements within chunk k, the last of which is what no prefix covers. Every lane
-// gets it.
-template <class Real, class Term>
-M2D_DEVICE Real chunk_sum(const GridShape& s, int k, int begin, const Term& term) {
-  const int first = s.chunk_begin(k);
-  const int end = s.chunk_end(k);
+// take(k, sum of term(panel, i) over chunk k) for every chunk k < chunks, the last of which may be what no prefix covers;
+// by one warp, all lanes of which get the sums. load(begin) is the panel of the row from column `begin` on, 0 beyond it,
+// and is on its way while the panel before is summed.
+template <class Real, class Load, class Term, class Take>
+M2D_DEVICE void sum_chunks(const GridShape& s, int chunks, const Load& load, const Term& term,
+                           const Take& take) {
+  int k = 0;
+  int first = 0;
+  int end = s.chunk_end(0);
   Real sum = 0;
+  auto panel = load(0);
+#pragma unroll 1
+  for (int begin = 0; k < chunks; begin += kRowPanel) {
+    const auto next = load(begin + kRowPanel);
+#pragma unroll 1
+    while (k < chunks && first < begin + kRowPanel) {
 #pragma unroll
-  for (int i = 0; i < kRowBatch; ++i) {
-    const int d = RowPanel::column(begin, i);
-    if (d >= first && d < end) sum += term(i);
+      for (int i = 0; i < kRowBatch; ++i) {
+        const int d = RowPanel::column(begin, i);
+        if (d >= first && d < end) sum += term(panel, i);
+      }
+      if (end > begin + kRowPanel) break;  // goes on in the next panel
+      take(k, warp_sum(sum));
+      sum = 0;
+      first = end;
+      if (++k < chunks) end = s.chunk_end(k);
+    }
+    panel = next;
   }
-  return warp_sum(sum);
-}
-
-// Whether chunk k has elements in the panel that starts at `begin`.
-M2D_DEVICE bool meets_panel(const GridShape& s, int k, int begin) {
-  return s.chunk_begin(k) < begin + kRowPanel && s.chunk_end(k) > begin;
 }
 
 // Norms of row r, by one warp. Lane k holds what belongs to chunk k until all are known.
@@ -134,19 +161,18 @@ M2D_DEVICE void compute_norms(const GridShape& s, const RowSet<Real>& set, int l
   const int lane = threadIdx.x % 32;
   const float* row = set.pooled + row_of(set, layer, r) * s.dim;
   Real chunk = 0;
-  for (int begin = 0; begin < s.dim; begin += kRowPanel) {
+  const auto load = [&](int begin) {
     RowPanel panel;
     panel.load(row, begin, s.dim);
-#pragma unroll 1
-    for (int k = 0; k <= s.num_dims; ++k) {
-      if (!meets_panel(s, k, begin)) continue;
-      const Real sum = chunk_sum<Real>(s, k, begin, [&](int i) {
-        const Real x = static_cast<Real>(panel.x[i]);
-        return x * x;
-      });
-      if (lane == k) chunk += sum;
-    }
-  }
+    return panel;
+  };
+  const auto square = [](const RowPanel& panel, int i) {
+    const Real x = static_cast<Real>(panel.x[i]);
+    return x * x;
+  };
+  sum_chunks<Real>(s, s.num_dims + 1, load, square, [&](int k, Real sum) {
+    if (lane == k) chunk = sum;
+  });
   Real squared = 0;
   Real prefix = 0;
   for (int k = 0; k <= s.num_dims; ++k) {
@@ -167,28 +193,40 @@ M2D_DEVICE void compute_norms(const GridShape& s, const RowSet<Real>& set, int l
 
 // The text whose unit row is sample i of the layer's center, or -1: with fewer texts than samples, some are of no text.
 M2D_DEVICE int sample_text(const GridShape& s, int i) {
-  const int64_t texts = s.num_texts;
-  const int64_t text = i * texts / kCenterSamples;
-  return (text * kCenterSamples + texts - 1) / texts == i ? static_cast<int>(text) : -1;
+  const int text = static_cast<int>(static_cast<int64_t>(i) * s.num_texts / kCenterSamples);
+  if (s.num_texts >= kCenterSamples) return text;
+  return ceil_div(text * kCenterSamples, s.num_texts) == i ? text : -1;
 }
 
 // Element d of the layer's center: the mean of its samples but for those without direction.
 template <class Real>
 M2D_DEVICE float center_element(const GridShape& s, const RowSet<Real>& pooled, int layer, int d) {
+  Real full[kCenterSamples];
+  float x[kCenterSamples];
+  bool exists[kCenterSamples];
+#pragma unroll
+  for (int i = 0; i < kCenterSamples; ++i) {
+    const int text = sample_text(s, i);
+    exists[i] = text >= 0;
+    const int64_t row = row_of(pooled, layer, exists[i] ? text : 0);
+    full[i] = pooled.full[row];
+    x[i] = pooled.pooled[row * s.dim + d];
+  }
   Real sum = 0;
   float counted = 0.0f;
 #pragma unroll
   for (int i = 0; i < kCenterSamples; ++i) {
-    const int text = sample_text(s, i);
-    if (text < 0) continue;
-    const int64_t row = row_of(pooled, layer, text);
-    const Real full = pooled.full[row];
-    if (is_clamped(full)) continue;
+    if (!exists[i] || is_clamped(full[i])) continue;
     counted += 1.0f;
-    sum += full * static_cast<Real>(pooled.pooled[row * s.dim + d]);
+    sum += full[i] * static_cast<Real>(x[i]);
   }
   return counted > 0.0f ? static_cast<float>(sum / static_cast<Real>(counted)) : 0.0f;
 }
+
+// A panel of a row and of its layer's center.
+struct CenterPanel {
+  RowPanel x, c;
+};
 
 // <c, u> of every prefix, gamma, and delta of row r, by one warp; `center_chunks` is |c|^2 of every chunk, and whoever
 // asks for it gets that of every prefix. delta may lie where P was.
@@ -199,20 +237,19 @@ M2D_DEVICE void center_row(const GridShape& s, const RowSet<Real>& set, const fl
   const int64_t row = row_of(set, layer, r);
   const float* pooled = set.pooled + row * s.dim;
   const Real full = set.full[row];
+  const auto load = [&](int begin) {
+    CenterPanel panel;
+    panel.x.load(pooled, begin, s.dim);
+    panel.c.load(center, begin, s.dim);
+    return panel;
+  };
+  const auto product = [](const CenterPanel& panel, int i) {
+    return static_cast<Real>(panel.c.x[i]) * static_cast<Real>(panel.x.x[i]);
+  };
   Real along_chunk = 0;
-  for (int begin = 0; begin < s.dim; begin += kRowPanel) {
-    RowPanel x, c;
-    x.load(pooled, begin, s.dim);
-    c.load(center, begin, s.dim);
-#pragma unroll 1
-    for (int k = 0; k < s.num_dims; ++k) {
-      if (!meets_panel(s, k, begin)) continue;
-      const Real along = chunk_sum<Real>(s, k, begin, [&](int i) {
-        return static_cast<Real>(c.x[i]) * static_cast<Real>(x.x[i]);
-      });
-      if (lane == k) along_chunk += along;
-    }
-  }
+  sum_chunks<Real>(s, s.num_dims, load, product, [&](int k, Real sum) {
+    if (lane == k) along_chunk = sum;
+  });
   const Real squared_chunk = lane < s.num_dims ? center_chunks[lane] : Real(0);
   Real along = 0, squared = 0;
   Real my_along = 0, my_squared = 0;
@@ -233,15 +270,13 @@ M2D_DEVICE void center_row(const GridShape& s, const RowSet<Real>& set, const fl
   if (lane == 0) set.gamma[row] = static_cast<float>(gamma);
   float* delta = set.delta + row * s.dim;
   for (int begin = 0; begin < s.dim; begin += kRowPanel) {
-    RowPanel x, c;
-    x.load(pooled, begin, s.dim);
-    c.load(center, begin, s.dim);
+    const CenterPanel panel = load(begin);
 #pragma unroll
     for (int i = 0; i < kRowBatch; ++i) {
       const int d = RowPanel::column(begin, i);
       if (d < s.dim) {
-        delta[d] = static_cast<float>(full * static_cast<Real>(x.x[i]) -
-                                      gamma * static_cast<Real>(c.x[i]));
+        delta[d] = static_cast<float>(full * static_cast<Real>(panel.x.x[i]) -
+                                      gamma * static_cast<Real>(panel.c.x[i]));
       }
     }
   }

@@ -198,10 +198,11 @@ M2D_DEVICE void multiply_stage(const float* a_stage, const float* b_stage, int t
   if constexpr (kSplit) c.add(part);
 }
 
-// C += A B over depths [depth_begin, depth_end). All threads of the block; ends with shared memory free for reuse.
-template <bool kSplit, bool kAByDepth, bool kBByDepth>
+// C += A B over depths [depth_begin, depth_end), and while the first of them are on their way, meanwhile(), whose own
+// shared memory is not seen by others before the end. All threads of the block; ends with shared memory free for reuse.
+template <bool kSplit, bool kAByDepth, bool kBByDepth, class Meanwhile>
 M2D_DEVICE void multiply(const Operand& a, const Operand& b, int depth_begin, int depth_end,
-                         float* scratch, Accumulator& c) {
+                         float* scratch, Accumulator& c, const Meanwhile& meanwhile) {
   const int thread = thread_index();
   StageCopies<kAByDepth> a_copies(a, depth_begin, depth_end, thread);
   StageCopies<kBByDepth> b_copies(b, depth_begin, depth_end, thread);
@@ -221,7 +222,10 @@ M2D_DEVICE void multiply(const Operand& a, const Operand& b, int depth_begin, in
       b_copies.start(place + kStageSize);
     }
     commit_copies();
-    if (stage < 0) continue;
+    if (stage < 0) {
+      if (stage == -1) meanwhile();
+      continue;
+    }
     const float* place = scratch + stage % kStages * (2 * kStageSize);
     multiply_stage<kSplit, kAByDepth, kBByDepth>(place, place + kStageSize, thread, c);
   }
