@@ -18,7 +18,7 @@ TEST_JOBS ?= 2
 BENCH_ARGS ?=
 
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
-FORMATTED := $(CSRC) $(shell find tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+FORMATTED := $(CSRC) $(shell find tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 INSTALLED := $(VENV)/.installed
 
 .PHONY: help install demo test test-oldest loss-table bench bench-page bench-check docs fuzz sanitize cuda-link gpu-build gpu-check gpu-bench lint format clean
@@ -36,7 +36,7 @@ help:
 	@echo "make sanitize the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make cuda-link build, link and import the CUDA extension, no GPU needed (downloads gigabytes)"
 	@echo "make gpu-check on a GPU: tests and compute-sanitizer   (both take PYTHON=, RESULTS=)"
-	@echo "make gpu-bench on a GPU: times; PART=s1, s2, s3, pooled or step"
+	@echo "make gpu-bench on a GPU: times; PART=kernels, s1, s2, s3, pooled or step"
 	@echo "make lint     ruff, mypy, clang-format: what CI checks"
 	@echo "make format   let ruff and clang-format rewrite the sources"
 	@echo "make install  what the others do first: make .venv, install torch and m2d_ext into it"
@@ -127,7 +127,7 @@ cuda-link:
 # for the GPU that is there, into a folder of its own beside a copy of the tests.
 GPU_BUILD := build/gpu
 RESULTS ?= benchmarks/results
-PART ?= s1
+PART ?= kernels
 gpu-build:
 	$(PYTHON) benchmarks/gpu_build.py --output $(GPU_BUILD)
 

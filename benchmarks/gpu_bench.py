@@ -2,9 +2,10 @@
 
     python benchmarks/gpu_bench.py s1 --build build/gpu --results benchmarks/results
 
-Parts: the shapes s1, s2 and s3, each in bfloat16 and float32; "pooled", one large similarity problem; and "step",
-whole optimiser steps of two encoders, of which gpu_step.py says more. Each within 7 minutes, the build not included;
-what there was no time for is missing from the results, which are written as they come.
+Parts: the shapes s1, s2 and s3, each in bfloat16 and float32; "kernels", their two launches alone and without torch,
+in seconds (gpu_kernels.cu); "pooled", one large similarity problem; and "step", whole optimiser steps of two encoders,
+of which gpu_step.py says more. Each within 7 minutes, the build not included; what there was no time for is missing
+from the results, which are written as they come.
 
 Of the loss alone, a step is a forward and a backward, `torch.autograd.grad(loss, states, grad_outputs=g)`. Steps of
 all providers are interleaved, the L2 cache is overwritten before each, and ratios are medians over the rounds of two
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor
 
 import gpu_step
-from gpu_build import Results, environment, markdown_table, number
+from gpu_build import ROOT, Results, compile_command, environment, markdown_table, number
 
 MINUTES = 7.0
 ROUNDS = 30
@@ -38,7 +39,14 @@ WARMUP = 3
 PADDING = 0.25
 DTYPES = ("bfloat16", "float32")
 # What a part measures, each in a process of its own.
-PARTS = {"s1": DTYPES, "s2": DTYPES, "s3": DTYPES, "pooled": ("bfloat16",), "step": tuple(gpu_step.ENCODERS)}
+PARTS = {
+    "s1": DTYPES,
+    "s2": DTYPES,
+    "s3": DTYPES,
+    "kernels": DTYPES,
+    "pooled": ("bfloat16",),
+    "step": tuple(gpu_step.ENCODERS),
+}
 COMPILE_SECONDS = 25.0  # a mode is not begun with less
 COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
 KERNELS = "ours, ready coefficients"  # less the few launches that turn the mask into coefficients
@@ -414,6 +422,41 @@ def measure_pooled(write: Callable[[dict[str, Any]], None]) -> None:
     )
 
 
+# ---- kernels ----
+
+
+def compile_kernels(build: Path) -> Path:
+    program = build.resolve() / "gpu_kernels"
+    command = compile_command(build, ROOT / "benchmarks" / "gpu_kernels.cu", program)
+    if command is None:
+        raise SystemExit("This needs nvcc: set PATH, or install the CUDA toolkit.")
+    subprocess.run(command, check=True)
+    return program
+
+
+def measure_kernels(program: Path, dtype: str) -> dict[str, Any]:
+    """Microseconds of each round, by shape and by what was timed."""
+    found: dict[str, Any] = {}
+    for name, shape in shapes().items():
+        sizes = map(str, (shape.layers, shape.batch, shape.tokens, shape.width))
+        command = [str(program), *sizes, ",".join(map(str, shape.dims)), dtype, str(ROUNDS)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        found[name] = {"shape": str(shape), **json.loads(done.stdout)}
+    return found
+
+
+def kernels_section(result: dict[str, Any], dtype: str) -> str:
+    header = ["shape", "floor µs", "forward µs", "backward µs", "both µs", "both - floor µs", "both / floor"]
+    rows = []
+    for name, times in result.items():
+        medians = [statistics.median(times[key]) for key in ("floor", "forward", "backward", "both")]
+        rounds = list(zip(times["both"], times["floor"], strict=True))
+        beyond = statistics.median(both - floor for both, floor in rounds)
+        ratio = statistics.median(both / floor for both, floor in rounds)
+        rows.append([f"{name}: {times['shape']}", *[number(each, 1) for each in (*medians, beyond)], number(ratio)])
+    return f"## {dtype}\n\n{markdown_table(header, rows)}"
+
+
 # ---- processes and tables ----
 
 
@@ -457,6 +500,21 @@ def main() -> None:
         return
 
     results = Results(args.results, f"gpu-bench-{args.part}")
+
+    def add(name: str, result: dict[str, Any], text: str) -> None:
+        results.data[name] = result
+        results.sections.append(text)
+        results.write(f"m2d_ext on a GPU: {args.part}")
+        if args.part != "step":  # which prints its tables as they come
+            print(text, flush=True)
+
+    if args.part == "kernels":
+        program = compile_kernels(args.build)
+        for name in PARTS[args.part]:
+            result = measure_kernels(program, name)
+            add(name, result, kernels_section(result, name))
+        return
+
     complete = True
     for i, name in enumerate(PARTS[args.part]):
         output = args.build.resolve() / f"{args.part}-{name}.json"
@@ -479,12 +537,7 @@ def main() -> None:
             complete = False
         if output.exists():
             result = json.loads(output.read_text())
-            text = gpu_step.section(result) if args.part == "step" else section(result)
-            results.data[name] = result
-            results.sections.append(text)
-            results.write(f"m2d_ext on a GPU: {args.part}")
-            if args.part != "step":  # which prints its tables as they come
-                print(text, flush=True)
+            add(name, result, gpu_step.section(result) if args.part == "step" else section(result))
     raise SystemExit(0 if complete else 1)
 
 

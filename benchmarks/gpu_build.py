@@ -97,6 +97,30 @@ def objects(output: Path) -> Path:
     return output.resolve() / "source" / "build" / temporary / "csrc"
 
 
+def program_of_toolkit(name: str) -> str | None:
+    return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
+
+
+def compile_command(output: Path, source: Path, program: Path) -> list[str] | None:
+    """For a program of `source` and the kernels as the build in `output` compiled them; None without nvcc."""
+    nvcc = program_of_toolkit("nvcc")
+    if nvcc is None:
+        return None
+    sources = [source]
+    for kernels in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+        compiled = objects(output) / "cuda" / f"{kernels.stem}.o"
+        sources.append(compiled if compiled.exists() else kernels)
+    command = [
+        nvcc,
+        "-std=c++20",
+        "-O3",
+        "-lineinfo",
+        f"-arch=sm_{capability().replace('.', '')}",
+        f"-I{ROOT / 'csrc'}",
+    ]
+    return [*command, *map(str, sources), "-o", str(program)]
+
+
 def build(output: Path) -> float:
     """Seconds. What is up to date is not compiled again."""
     source = output / "source"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from typing import Any
 
 import torch
 
-from gpu_build import ROOT, Results, capability, environment, markdown_table, objects
+from gpu_build import ROOT, Results, compile_command, environment, markdown_table, program_of_toolkit
 
 MINUTES = 7.0
 WORKERS = 8  # of each run of pytest, where pytest-xdist is installed
@@ -78,22 +77,10 @@ def run_tests(build: Path, deadline: Deadline, arguments: list[str], **environ: 
     return result
 
 
-def program_of_toolkit(name: str) -> str | None:
-    return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
-
-
-def compile_program(build: Path, program: Path, deadline: Deadline) -> dict[str, Any]:
-    """tests/gpu_main.cu with the kernels as the build compiled them."""
-    nvcc = program_of_toolkit("nvcc")
-    if nvcc is None:
-        return absent("nvcc")
-    arch = f"sm_{capability().replace('.', '')}"
-    sources = [ROOT / "tests" / "gpu_main.cu"]
-    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
-        compiled = objects(build) / "cuda" / f"{source.stem}.o"
-        sources.append(compiled if compiled.exists() else source)
-    command = [nvcc, "-std=c++20", "-O3", "-lineinfo", f"-arch={arch}", f"-I{ROOT / 'csrc'}"]
-    return run([*command, *map(str, sources), "-o", str(program)], deadline)
+def compile_checks(build: Path, program: Path, deadline: Deadline) -> dict[str, Any]:
+    """tests/gpu_main.cu, with the kernels."""
+    command = compile_command(build, ROOT / "tests" / "gpu_main.cu", program)
+    return absent("nvcc") if command is None else run(command, deadline)
 
 
 def main() -> None:
@@ -144,7 +131,7 @@ def main() -> None:
             start("cpu", tests, cpu_tests),
         ]
         # The program needs no torch, and so do the tools over it.
-        if report("compile", partial(compile_program, args.build, program, deadline)):
+        if report("compile", partial(compile_checks, args.build, program, deadline)):
             started.append(start("plain run", run, [str(program)], deadline))
             sanitizer = program_of_toolkit("compute-sanitizer")
             if sanitizer is None:
