@@ -115,7 +115,7 @@ def main() -> None:
 
     gpu_tests = ["tests/test_cuda.py"]
     repeated = [*gpu_tests, "-k", "one_bit_pattern"]
-    losses = ["tests/test_losses_parity.py", "tests/test_gradient_caching.py"]
+    losses = [f"tests/test_{name}.py" for name in ("losses_on_device", "losses_parity", "gradient_caching")]
     cpu_tests = ["tests/test_functional.py", "tests/test_ops.py"]
     tests = partial(run_tests, args.build, deadline)
     program = args.build.resolve() / "gpu_main"
