@@ -2,9 +2,9 @@
 //
 //   gpu_kernels LAYERS PAIRS TOKENS WIDTH DIM,DIM,... float32|bfloat16|float16 ROUNDS
 //
-// Prints a line of JSON: microseconds of each round between events around a CUDA graph, of the forward, of the backward,
-// of both, and of the floor, which copies each hidden state to where its gradient goes. The L2 cache is overwritten before
-// each. Texts have between half of all tokens and all; every cell and the KL count.
+// Prints a line of JSON: microseconds of each round between events around a CUDA graph, of the forward, of the
+// backward, of both, and of the floor, which copies each hidden state to where its gradient goes. The L2 cache is
+// overwritten before each. Texts have between half of all tokens and all; every cell and the KL count.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>

@@ -24,8 +24,8 @@ struct Deferrable {
 };
 Deferrable deferrable(const std::vector<Tensor>& states, int64_t blocks);
 
-// What the hooks add in one backward. Lives as long as that: autograd drops it with all else of the backward, also where
-// an error ended it.
+// What the hooks add in one backward. Lives as long as that: autograd drops it with all else of the backward, also
+// where an error ended it.
 class DeferredBackward {
  public:
   DeferredBackward(std::vector<Tensor> coefficients, const Tensor& pooled_grad,

@@ -6,8 +6,8 @@
 //   db likewise with X_c^T, ib and colsum
 //
 // All of it in double: rows of a real batch are nearly parallel in the early layers, where cosines agree in most of
-// their digits and the two terms of the gradient cancel. Blocks of kTile rows of either kind meet, so that what a thread
-// needs beside the results does not grow with the batch.
+// their digits and the two terms of the gradient cancel. Blocks of kTile rows of either kind meet, so that what a
+// thread needs beside the results does not grow with the batch.
 #include <ATen/Parallel.h>
 
 #include <algorithm>

@@ -39,8 +39,8 @@ void pool_backward(const ScatterParams<Acc>& params);
 template <class Scalar, class Acc>
 void scatter_rows(const ScatterParams<Acc>& params, const RowRange& texts);
 
-// pool_rows of `read` and scatter_rows of `written`, past the caches, at the same time: faster than one after the other,
-// where rows are whole cache lines (memory.h).
+// pool_rows of `read` and scatter_rows of `written`, past the caches, at the same time: faster than one after the
+// other, where rows are whole cache lines (memory.h).
 template <class Scalar, class Acc>
 void pool_and_scatter_rows(const PoolParams& params, const RowRange& read,
                            const ScatterParams<Acc>& scatter, const RowRange& written);

@@ -1,5 +1,5 @@
-// The logsumexp of scaled scores, some of them left out, and its adjoint: what the losses that rank candidates by cosines
-// are made of.
+// The logsumexp of scaled scores, some of them left out, and its adjoint: what the losses that rank candidates by
+// cosines are made of.
 //
 //   Y[r] = log sum_c exp(s X[r,c])  over the columns c that the mask leaves,   or Y[c] over the rows
 //   dX   = dY s exp(s X - Y),       0 where masked, and where nothing is left: there Y is -inf

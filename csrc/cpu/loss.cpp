@@ -492,8 +492,8 @@ class Steps {
     return Range::count(e_.gathered(layer).count, kTexts);
   }
 
-  // Rows that meet no other: own and gathered ones of a layer without cells, and else, where there are gathered ones, own
-  // candidates.
+  // Rows that meet no other: own and gathered ones of a layer without cells, and else, where there are gathered ones,
+  // own candidates.
   int64_t num_outside_tasks(int64_t layer) const {
     if (has_cells(layer)) return p_.gathered ? Range::count(p_.num_texts, kTexts) : 0;
     return Range::count(p_.num_texts, kTexts) + num_gathered_tasks(layer);

@@ -85,6 +85,13 @@ M2D_DEVICE CellGroup cell_group(const GridShape& s, int layer, int index, int si
   return {first, min_of(size, s.used_dims[layer] - first)};
 }
 
+// Whether any of its cells counts.
+M2D_DEVICE bool is_asked(const GridShape& s, int layer, const CellGroup& group) {
+  bool asked = false;
+  for (int g = 0; g < group.count; ++g) asked = asked || s.weight(layer, group.first + g) != 0.0f;
+  return asked;
+}
+
 // What one warp sums of an anchor, by cell of a group.
 template <class Real>
 struct AnchorSums {
@@ -246,35 +253,27 @@ M2D_DEVICE void anchor_cells(const LossArgs<Real>& p, const Wave& wave) {
     const int w = index / groups;
     const int layer = p.active[wave.first_layer + w];
     const CellGroup group = cell_group(s, layer, index % groups, kCellGroup<Real>);
-    if (group.count <= 0) return;
+    if (!is_asked(s, layer, group)) return;
     anchor_group(p, w, layer, group, item / items, row, wave.first + row);
   });
-}
-
-// body(w, layer, k, row) of cell `item` of all of the wave's anchors.
-template <class Real, class Body>
-M2D_DEVICE void visit_anchor_cell(const LossArgs<Real>& p, const Wave& wave, int item,
-                                  const Body& body) {
-  const GridShape& s = p.shape;
-  const int cell = item / wave.num_anchors;
-  const int k = cell % s.num_dims;
-  const int w = cell / s.num_dims;
-  const int layer = p.active[wave.first_layer + w];
-  if (s.weight(layer, k) != 0.0f) body(w, layer, k, item % wave.num_anchors);
 }
 
 // The parts of each anchor, in order, by a thread per cell.
 template <class Real>
 M2D_DEVICE void merge_cell_parts(const LossArgs<Real>& p, const Wave& wave) {
-  const int cells = wave.num_layers * p.shape.num_dims * wave.num_anchors;
-  for (int item = static_cast<int>(blockIdx.x) * kThreads + thread_index(); item < cells;
+  const GridShape& s = p.shape;
+  const int items = wave.num_layers * s.num_dims * wave.num_anchors;
+  for (int item = static_cast<int>(blockIdx.x) * kThreads + thread_index(); item < items;
        item += block_count() * kThreads) {
-    visit_anchor_cell(p, wave, item, [&](int w, int layer, int k, int row) {
-      SoftmaxSums<Real> sums = cell_part(p, w, k, 0, row);
-      for (int part = 1; part < p.parts; ++part) sums.add(cell_part(p, w, k, part, row));
-      finish_anchor_cell(p, layer, k, wave.first + row, sums,
-                         p.target_cosines[wave_cell_of(p, w, k, row)]);
-    });
+    const int row = item % wave.num_anchors;
+    const int k = item / wave.num_anchors % s.num_dims;
+    const int w = item / wave.num_anchors / s.num_dims;
+    const int layer = p.active[wave.first_layer + w];
+    if (s.weight(layer, k) == 0.0f) continue;
+    SoftmaxSums<Real> sums = cell_part(p, w, k, 0, row);
+    for (int part = 1; part < p.parts; ++part) sums.add(cell_part(p, w, k, part, row));
+    finish_anchor_cell(p, layer, k, wave.first + row, sums,
+                       p.target_cosines[wave_cell_of(p, w, k, row)]);
   }
 }
 
@@ -317,9 +316,9 @@ struct ColumnSums {
   }
 };
 
-// X of a group of cells in this thread's columns, in place of the products of its chunks: the sum over the prefixes from
-// the cell's own on, to which one that is not asked for adds nothing. sides[k * kColumnWidth] is the first of these
-// candidates in prefix k.
+// X of a group of cells in this thread's columns, in place of the products of its chunks: the sum over the prefixes
+// from the cell's own on, to which one that is not asked for adds nothing. sides[k * kColumnWidth] is the first of
+// these candidates in prefix k.
 template <class Real>
 M2D_DEVICE void column_group(const LossArgs<Real>& p, const Wave& wave, int w, int layer,
                              const CellGroup& group, int column, const CosineSide<Real>* sides,

@@ -22,8 +22,8 @@ M2D_DEVICE StudentLogits<Real> student_logits(const LossArgs<Real>& p, int layer
           1 / static_cast<Real>(p.shape.kl_temperature)};
 }
 
-// softmax(z) - q of one element, from log q and log(softmax(z) / q). Where the two are close, their difference is formed
-// from that of the logits.
+// softmax(z) - q of one element, from log q and log(softmax(z) / q). Where the two are close, their difference is
+// formed from that of the logits.
 template <class Real>
 M2D_DEVICE Real probability_difference(Real log_q, Real log_ratio) {
   const float q = expf(static_cast<float>(log_q));
@@ -90,8 +90,8 @@ M2D_DEVICE void learn(const LossArgs<Real>& p, int layer, int text) {
   if (lane == 0) p.kl_rows[row_of(p.pooled, layer, text)] = result;
 }
 
-// Of all rows that have one: each warp takes the next one when it has nothing else to do. Who takes which does not show in
-// the results.
+// Of all rows that have one: each warp takes the next one when it has nothing else to do. Who takes which does not show
+// in the results.
 template <class Real>
 M2D_DEVICE void learn(const LossArgs<Real>& p) {
   const GridShape& s = p.shape;

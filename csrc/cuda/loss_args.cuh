@@ -128,8 +128,8 @@ M2D_DEVICE Wave next_wave(const LossArgs<Real>& p, const Wave& wave) {
                       : make_wave(p, wave.first_layer, wave.first + wave.num_anchors);
 }
 
-// body(i) for the i < count of this warp, where the blocks are counted from `block` on. Counts are of rows, cells or tiles:
-// fits() keeps them within 32 bits.
+// body(i) for the i < count of this warp, where the blocks are counted from `block` on. Counts are of rows, cells or
+// tiles: fits() keeps them within 32 bits.
 template <class Body>
 M2D_DEVICE void for_each_by_warp(int block, int count, const Body& body) {
   const int blocks = block_count();

@@ -123,9 +123,9 @@ struct RowPanel {
   }
 };
 
-// take(k, sum of term(panel, i) over chunk k) for every chunk k < chunks, the last of which may be what no prefix covers;
-// by one warp, all lanes of which get the sums. load(begin) is the panel of the row from column `begin` on, 0 beyond it,
-// and is on its way while the panel before is summed.
+// take(k, sum of term(panel, i) over chunk k) for every chunk k < chunks, the last of which may be what no prefix
+// covers; by one warp, all lanes of which get the sums. load(begin) is the panel of the row from column `begin` on, 0
+// beyond it, and is on its way while the panel before is summed.
 template <class Real, class Load, class Term, class Take>
 M2D_DEVICE void sum_chunks(const GridShape& s, int chunks, const Load& load, const Term& term,
                            const Take& take) {

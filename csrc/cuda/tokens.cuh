@@ -243,15 +243,16 @@ M2D_DEVICE void store_row(const DeviceTokens& tokens, int row, int begin, const 
   __syncthreads();
 }
 
-// What the sums of laps are summed in. The rounding errors of one running float would grow with the number of tokens, and
-// the means of long texts are so nearly parallel that little but their last digits makes the gradient.
+// What the sums of laps are summed in. The rounding errors of one running float would grow with the number of tokens,
+// and the means of long texts are so nearly parallel that little but their last digits makes the gradient.
 template <class Scalar>
 using SumOf = std::conditional_t<std::is_same_v<Scalar, float>, double, float>;
 
 // P = sum_t a[t] H[t] of rows blockIdx.x, blockIdx.x + gridDim.x, ... of all layers (L N, D), by the kPoolThreads
 // threads of a block. The tokens stream through shared memory, without a pause from one row to the next: while a lap is
-// summed, the vectors of the next are on their way, and so are the coefficients of the one after. Each thread reads what
-// it has copied itself, so that nobody waits for others before the end of a row. Tokens of coefficient 0 are not read.
+// summed, the vectors of the next are on their way, and so are the coefficients of the one after. Each thread reads
+// what it has copied itself, so that nobody waits for others before the end of a row. Tokens of coefficient 0 are not
+// read.
 template <class Scalar>
 M2D_DEVICE void stream_rows(const DeviceTokens& tokens, float* scratch, float* out) {
   constexpr int kCount = RowShares<Scalar, true>::kCount;
