@@ -58,7 +58,7 @@ struct LossArgs {
   Real* center_chunks;   // (L, K), |c|^2 of each chunk
   Real* center_squared;  // (L, K), |c_k|^2
   KlRow<Real>* kl_rows;  // (L, N)
-  int* kl_ticket;        // the next row without a KL
+  int* kl_ticket;        // the next row whose KL nobody has taken
   int num_active;        // layers with cells
   int16_t active[kMaxLayers];
   int wave_layers, wave_anchors;
