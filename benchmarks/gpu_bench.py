@@ -38,7 +38,7 @@ ROUNDS = 30
 WARMUP = 3
 PADDING = 0.25
 DTYPES = ("bfloat16", "float32")
-# What a part measures, each in a process of its own.
+# What a part measures; but for the kernels, each in a process of its own.
 PARTS = {
     "s1": DTYPES,
     "s2": DTYPES,

@@ -141,6 +141,16 @@ def _threads_per_block(name: str) -> int:
 
 
 @needs_nvcc
+@pytest.mark.parametrize("program", ["tests/gpu_main.cu", "benchmarks/gpu_kernels.cu"])
+def test_programs_for_a_gpu_compile(program: str, tmp_path: Path) -> None:
+    """Nothing else would notice without a GPU that the launchers have changed."""
+    command = [str(CUDA_HOME / "bin" / "nvcc"), "-c", str(ROOT / program), "-o", str(tmp_path / "program.o")]
+    command += ["-std=c++20", "-arch=sm_90", f"-I{CSRC}", "-Werror=all-warnings"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_nvcc
 def test_the_operators_compile_against_torch(setup_py: Any) -> None:
     """As far as a CPU build of torch goes: it brings the headers of c10/cuda, all but a generated one."""
     flags, _ = setup_py.compile_flags(torch, sanitize=False)

@@ -7,13 +7,6 @@ namespace m2d::cuda {
 
 // ---- products ----
 
-// Tiles of the wave's products.
-template <class Real>
-M2D_DEVICE int num_product_tiles(const LossArgs<Real>& p, const Wave& wave) {
-  return wave.num_layers * ceil_div(wave.num_anchors, kTile) *
-         ceil_div(p.shape.num_candidates, kTile) * p.shape.num_dims;
-}
-
 // <delta_i, delta_j> over each chunk of the dimensions; a block per 64 x 64 tile and chunk.
 template <bool kSplit, class Real>
 M2D_DEVICE void chunk_products(const LossArgs<Real>& p, const Wave& wave, float* scratch) {
@@ -21,7 +14,7 @@ M2D_DEVICE void chunk_products(const LossArgs<Real>& p, const Wave& wave, float*
   const RowSet<Real>& others = candidate_rows(p);
   const int column_tiles = ceil_div(s.num_candidates, kTile);
   const int tiles = ceil_div(wave.num_anchors, kTile) * column_tiles;
-  const int items = num_product_tiles(p, wave);
+  const int items = wave.num_layers * tiles * s.num_dims;
   for (int item = blockIdx.x; item < items; item += block_count()) {
     // The last chunks, often the widest, first.
     const int k = s.num_dims - 1 - item % s.num_dims;
@@ -96,7 +89,7 @@ M2D_DEVICE bool is_asked(const GridShape& s, int layer, const CellGroup& group) 
 template <class Real>
 struct AnchorSums {
   SoftmaxSums<Real> sums[kCellGroup<Real>];
-  Real target_cosines[kCellGroup<Real>];  // in lane target % 32, where it meets the target
+  Real target_cosines[kCellGroup<Real>];  // 0 where the target is not among its candidates
 };
 
 // Over candidates [first, end), by one warp that reads each product once.
