@@ -432,7 +432,7 @@ def test_same_bits_every_time_and_for_any_number_of_threads(upstream: float) -> 
     threads = torch.get_num_threads()
     try:
         for i in range(20):
-            torch.set_num_threads(1 + i % 3)
+            torch.set_num_threads((1, 2, 3, 24)[i % 4])
             again = case.run("fused", torch.float32)
             assert torch.equal(first[0], again[0])
             assert all(map(torch.equal, first[1], again[1]))

@@ -420,18 +420,23 @@ class Shares {
   std::vector<std::atomic<int64_t>> left_;
 };
 
-// Calls body(texts) for ranges of each layer's texts, in parallel.
+// Calls body(texts) for ranges of each layer's texts, in parallel. Ranges leave each thread more than one:
+// a pass goes over one layer alone.
 template <class Body>
 void for_text_ranges(const PoolParams& p, const Body& body) {
-  constexpr int64_t kTexts = 16;
-  const int64_t of_layer = ceil_div(p.num_texts, kTexts);
+  constexpr int64_t kMostTexts = 16;
+  constexpr int64_t kRangesPerThread = 2;
+  const int64_t most_threads = at::get_num_threads();
+  const int64_t wanted = ceil_div(p.num_layers * p.num_texts, kRangesPerThread * most_threads);
+  const int64_t length = std::clamp<int64_t>(wanted, 1, kMostTexts);
+  const int64_t of_layer = ceil_div(p.num_texts, length);
   const int64_t count = p.num_layers * of_layer;
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), count);
+  const int64_t threads = std::min(most_threads, count);
   Shares shares(count, threads);
   at::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
     for (int64_t i = shares.take(thread); i != Shares::kNone; i = shares.take(thread)) {
-      const int64_t first = i % of_layer * kTexts;
-      body(RowRange{i / of_layer, first, std::min(p.num_texts, first + kTexts)});
+      const int64_t first = i % of_layer * length;
+      body(RowRange{i / of_layer, first, std::min(p.num_texts, first + length)});
     }
   });
 }
