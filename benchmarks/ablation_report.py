@@ -12,11 +12,12 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-from ablation_arms import ARMS, QUESTIONS, Question
+from ablation_arms import ARMS, MINILM, MODELS, QUESTIONS, Question
 from m2d_ext.inference import Grid
 
 Run = dict[str, Any]
 DECIDED = 2.0  # standard deviations
+HALF_A_DIGIT = 5e-5  # of what is printed
 
 
 INTRODUCTION = f"""
@@ -26,8 +27,9 @@ triplets. Spearman correlation on the STS benchmark (dev to choose by, test to r
 second sentence of test pairs that score at least 4 by the first; grid mean: over all layers and dims.
 
 Differences are to the first row of their table, between runs of the same seed, ± their standard deviation; one
-smaller than {DECIDED:g} standard deviations is *undecided*. A few seeds bound it loosely. Step: time of a step with
-dropout, as a multiple of the plain one's, which calls the model once per column where ours calls it once.
+smaller than {DECIDED:g} standard deviations, or than half of the last digit, is *undecided*, and so is any of a single seed.
+A few seeds bound it loosely. Step: time of a step with dropout, as a multiple of the plain one's, which calls the
+model once per column where ours calls it once.
 
 A run again gives the same numbers: seed 0 of *earlier layers weigh 1 each*, 50 steps, twice on one machine the same to
 the last digit, and within 3e-6 of what another processor gave.
@@ -71,7 +73,7 @@ class Difference(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        if self.deviation is None or abs(self.mean) < DECIDED * self.deviation or self.mean == 0:
+        if self.deviation is None or abs(self.mean) < max(DECIDED * self.deviation, HALF_A_DIGIT):
             return "undecided"
         return "better" if self.mean > 0 else "worse"
 
@@ -121,7 +123,7 @@ def write(found: dict[str, Any], page: Path) -> None:
         if not runs.answered():
             continue
         kind, _, count = length.partition("-")
-        lines += [f"## {count} {kind if count != '1' else kind.removesuffix('s')} an arm", ""]
+        lines += [f"## {_counted(count, kind)} an arm", ""]
         for question, arms in runs.answered():
             lines += _table(question, arms, runs, found["cost"])
         plot_differences(runs, images / f"ablation_{length}.png")
@@ -131,15 +133,20 @@ def write(found: dict[str, Any], page: Path) -> None:
     page.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
+def _counted(count: int | str, kind: str) -> str:
+    return f"{count} {kind.removesuffix('s') if str(count) == '1' else kind}"
+
+
 def _introduction(found: dict[str, Any]) -> list[str]:
     run = next(run for runs in found["runs"].values() for run in runs)
     settings, machine = run["settings"], run["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     lengths = []
     for length, runs in sorted(found["runs"].items()):
-        seeds = len({each["settings"]["seed"] for each in runs})
+        seeds = _counted(len({each["settings"]["seed"] for each in runs}), "seeds")
         kind, _, count = length.partition("-")
-        lengths.append(f"{count} {kind} of {runs[0]['settings']['batch_size']} triplets, {seeds} seeds")
+        lengths.append(f"{_counted(count, kind)} in batches of {runs[0]['settings']['batch_size']} triplets, {seeds}")
+    learning_rates = "; ".join(f"{model.learning_rate:g} for {name}" for name, model in MODELS.items())
     arms = [
         f"- *{name}*: {', '.join(f'`{key}={value!r}`' for key, value in arm.options.items())}"
         for name, arm in ARMS.items()
@@ -151,10 +158,11 @@ def _introduction(found: dict[str, Any]) -> list[str]:
         *INTRODUCTION.strip().splitlines(),
         "",
         f"Machine: {machine['device']}, {settings['threads']} threads, Python {machine['python']}; {versions}.",
-        f"Runs: {'; '.join(lengths)}. Learning rate {settings['learning_rate']} for {settings['model']}.",
+        f"Runs: {'; '.join(lengths)}. Learning rate: {learning_rates}.",
         "",
         "Arms, beside all layers × all dims with sentence-transformers' defaults (*all cells*) and",
-        "`MultipleNegativesRankingLoss` alone (*plain*):",
+        "`MultipleNegativesRankingLoss` alone (*plain*); *pre-norm* ones train a small ModernBERT of random weights, all others",
+        f"{MINILM}:",
         "",
         *arms,
         "",

@@ -15,23 +15,51 @@ from torch import Tensor
 
 from ._version import __version__
 
+_PACKAGE = Path(__file__).resolve().parent
 # Written by setup.py beside the extension; absent in a source tree that was never built.
-_CONFIG_PATH = Path(__file__).with_name("_build_config.json")
+_CONFIG_NAME = "_build_config.json"
 
-_REINSTALL = "pip install --no-build-isolation --force-reinstall --no-deps ."
+
+def _reinstall() -> str:
+    """The command: where the package runs from its source tree, an installation elsewhere would not be imported."""
+    from_source = _PACKAGE.with_name("setup.py").exists()
+    return f"pip install --no-build-isolation --no-deps {'-e' if from_source else '--force-reinstall'} ."
+
+
+_REINSTALL = _reinstall()
 HOW_TO_BUILD = f"build it with `M2D_BUILD=cpu {_REINSTALL}` (or M2D_BUILD=cuda) in the source directory of m2d_ext"
 STALE = (
     "m2d_ext has a compiled extension of another version than its Python files: "
     f"reinstall with `{_REINSTALL}` in the source directory of m2d_ext."
 )
-MISSING = f"was installed without its compiled extension: {HOW_TO_BUILD}"
 
 
-def _read_config() -> dict[str, Any]:
-    """What setup.py recorded."""
-    if not _CONFIG_PATH.exists():
+def missing() -> str:
+    """Why there is no compiled extension and what to do, in words that follow "m2d_ext"."""
+    hidden = _hidden_installation()
+    if hidden is None:
+        return f"was installed without its compiled extension: {HOW_TO_BUILD}"
+    return (
+        f"is imported from {_PACKAGE}, where no extension was compiled, and not from {hidden}, where it was installed: "
+        f"start Python in another folder, or run `{_REINSTALL}` in this one"
+    )
+
+
+def _hidden_installation() -> Path | None:
+    """A built m2d_ext that comes later on Python's path: of who runs it in the source tree that it was installed from."""
+    for folder in sys.path:
+        package = Path(folder).resolve() / _PACKAGE.name
+        if package != _PACKAGE and _read_config(package)["build"] != "none":
+            return package
+    return None
+
+
+def _read_config(package: Path) -> dict[str, Any]:
+    """What setup.py recorded in a package's folder."""
+    path = package / _CONFIG_NAME
+    if not path.exists():
         return {"build": "none"}
-    config: dict[str, Any] = json.loads(_CONFIG_PATH.read_text())
+    config: dict[str, Any] = json.loads(path.read_text())
     return config
 
 
@@ -58,7 +86,7 @@ def _load(config: dict[str, Any]) -> ModuleType | None:
     return importlib.import_module("m2d_ext._C")
 
 
-_config = _read_config()
+_config = _read_config(_PACKAGE)
 _module = _load(_config)
 _warned = False
 
@@ -71,7 +99,7 @@ def available() -> bool:
 def require() -> None:
     """Raise RuntimeError, which says how to build it, if the compiled extension is not loaded."""
     if not available():
-        raise RuntimeError(f"m2d_ext {MISSING}.")
+        raise RuntimeError(f"m2d_ext {missing()}.")
 
 
 @torch.compiler.assume_constant_result  # torch.compile cannot trace a warning; it is given as it traces

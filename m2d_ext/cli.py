@@ -84,8 +84,8 @@ def train(
     data: Annotated[
         str,
         typer.Option(
-            help="Rows with the columns anchor and positive, perhaps negative: .tsv, .csv or .jsonl, perhaps .gz, or "
-            "a dataset's name.",
+            help="Rows with the columns anchor and positive, perhaps negative (or negative_1, negative_2, ...): .tsv, "
+            ".csv or .jsonl, perhaps .gz, or a dataset's name.",
             show_default=False,
         ),
     ],
@@ -189,8 +189,8 @@ def grid(
     data: Annotated[
         str,
         typer.Option(
-            help="Rows: .tsv, .csv or .jsonl, perhaps .gz, or a dataset's name. Columns: sentence1, sentence2 and "
-            "score or label (0 and 1 are classes, fractions are scores); anchor, positive, perhaps negative.",
+            help="Rows: .tsv, .csv or .jsonl, perhaps .gz, or a dataset's name. Columns: sentence1, sentence2 (or s1, "
+            "s2) and score or label (0 and 1 are classes, fractions are scores); anchor, positive, perhaps negative.",
             show_default=False,
         ),
     ],
@@ -209,10 +209,9 @@ def grid(
     _check_pictures(heatmap=heatmap, curves=curves)
     wanted = {"layers": _numbers("--layers", layers), "dims": _numbers("--dims", dims)}
     rows = _read_rows("--data", data, split)
-    evaluator = GridEvaluator(rows, **wanted, batch_size=batch_size, show_progress_bar=False)  # type: ignore[arg-type]
-    loaded = _load(model)
     with _options_named(layers="--layers", dims="--dims"):
-        found = evaluator.grid(loaded)
+        evaluator = GridEvaluator(rows, **wanted, batch_size=batch_size, show_progress_bar=False)  # type: ignore[arg-type]
+        found = evaluator.grid(_load(model))
     for path, write in (
         (output, found.write),
         (csv, found.write_csv),

@@ -54,7 +54,7 @@ def refusal(device: torch.device, dtype: torch.dtype, layers: int, blocks: int, 
 @functools.cache
 def _refusal_by_device(device: torch.device) -> str | None:
     if not _extension.available():
-        return _extension.MISSING
+        return _extension.missing()
     # Asked of no other devices: the fakes below count as kernels for "meta".
     supported = device.type in ("cpu", "cuda") and torch._C._dispatch_has_kernel_for_dispatch_key(
         "m2d_ext::loss", device.type.upper()

@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from .inference.truncate import count_layers
 from .losses import Matryoshka2dLoss
 
 logger = logging.getLogger("m2d_ext")
+
+NEGATIVE = re.compile(r"negative(_\d+)?")  # the name of such a column
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def train(
     Args:
         model: it is trained in place.
         data: a ``datasets.Dataset`` or a sequence of mappings with the columns anchor and positive, and perhaps
-            negative; others are left out.
+            negative, or negative_1, negative_2 and so on; others are left out.
         output: folder for the model, new or empty.
         dims: None: the model's width and its halves down to 32.
         evaluator: of the grids before and after.
@@ -233,7 +236,7 @@ def _rows_of(data: Any, batch_size: int) -> Any:
 
     table = table_of(data)
     table.need("anchor", "positive")
-    columns = [name for name in ("anchor", "positive", "negative") if name in table.columns]
+    columns = ["anchor", "positive", *filter(NEGATIVE.fullmatch, table.columns)]
     texts = {name: table.texts(name) for name in columns}
     if len(table) < batch_size:
         raise ValueError(f"{table.name} must hold at least a batch of {batch_size} rows, got {len(table)}")

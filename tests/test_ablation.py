@@ -48,6 +48,7 @@ def test_questions_ask_about_arms_of_one_model() -> None:
         ([0.010, -0.005, 0.012], "undecided"),
         ([0.010], "undecided"),
         ([0.0, 0.0], "undecided"),
+        ([4e-5, 4e-5], "undecided"),  # printed as 0.0000
     ],
 )
 def test_verdict_needs_two_standard_deviations(gaps: list[float], verdict: str) -> None:

@@ -294,6 +294,38 @@ def test_without_the_extension(monkeypatch):
         _extension.warn_missing_once("a second time")
 
 
+@needs_extension
+def test_the_source_tree_that_hides_its_installation_is_named(tmp_path):
+    """After `pip install .`, Python in the same folder imports the sources, which have no extension."""
+    source, installed = tmp_path / "source" / "m2d_ext", tmp_path / "site-packages" / "m2d_ext"
+    package = Path(_extension.__file__).parent
+    for copy, built in ((source, False), (installed, True)):
+        shutil.copytree(package, copy, ignore=None if built else shutil.ignore_patterns("*.so", "_build_config.json"))
+    (source.parent / "setup.py").touch()
+    code = (
+        "import m2d_ext, torch; print(m2d_ext.build_info()['build']); "
+        "m2d_ext.functional.pool_layers([torch.ones(2, 3, 4)], torch.ones(2, 3))"
+    )
+
+    def run(folder):
+        return subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(installed.parent)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        )
+
+    hidden = run(source.parent)
+    assert hidden.stdout.strip() == "none"
+    assert f"is imported from {source}, where no extension was compiled, and not from {installed}" in hidden.stderr
+    assert "`pip install --no-build-isolation --no-deps -e .`" in hidden.stderr
+    elsewhere = run(tmp_path)
+    assert (elsewhere.stdout.strip(), elsewhere.stderr) == (_extension.build_info()["build"], "")
+
+
 @needs_source
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 def test_the_kernels_compile_without_x86_intrinsics(setup_py):

@@ -182,6 +182,20 @@ def test_train(run: Run, model: Path, data: Path, pairs: Path, tmp_path: Path) -
     assert f"{after.score(3, 8):.4f}" in out
 
 
+def test_train_takes_every_negative(run: Run, model: Path, tmp_path: Path) -> None:
+    """Each column of them is as many candidates more; any other column is left out."""
+    rows = [[*(f"w{i} w{20 + column}" for column in range(4)), "0.5"] for i in range(8)]
+    names = ["anchor", "positive", "negative_1", "negative_2", "negative_score"]
+
+    def loss(count: int) -> float:
+        lines = ["\t".join(row[:count]) for row in [names, *rows]]
+        (tmp_path / "pairs.tsv").write_text("\n".join(lines) + "\n")
+        options = ["--data", tmp_path / "pairs.tsv", "--steps", 1, "--batch-size", 8, "--overwrite", "--json"]
+        return json.loads(run("train", model, tmp_path / "out", *options)[1])["training_loss"]
+
+    assert loss(2) < loss(3) < loss(4) == loss(5)
+
+
 def test_choose_profiles_a_model(run: Run, model: Path, data: Path, tmp_path: Path) -> None:
     assert run("grid", model, "--data", data, "--layers", "3", "--output", tmp_path / "grid.json")[0] == 0
     code, out, _ = run("choose", tmp_path / "grid.json", "--model", model, "--json")
