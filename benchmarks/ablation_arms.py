@@ -32,7 +32,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train; ``options`` of :class:`m2d_ext.Matryoshka2dLoss`, on top of all layers × all dims."""
+    """One way to train; ``options`` of ``m2d_ext.Matryoshka2dLoss``, on top of all layers × all dims."""
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)

@@ -27,9 +27,9 @@ triplets. Spearman correlation on the STS benchmark (dev to choose by, test to r
 second sentence of test pairs that score at least 4 by the first; grid mean: over all layers and dims.
 
 Differences are to the first row of their table, between runs of the same seed, ± their standard deviation; one
-smaller than {DECIDED:g} standard deviations, or than half of the last digit, is *undecided*, and so is any of a single seed.
-A few seeds bound it loosely. Step: time of a step with dropout, as a multiple of the plain one's, which calls the
-model once per column where ours calls it once.
+smaller than {DECIDED:g} standard deviations, or than half of the last digit, is *undecided*, and so is any of a single
+seed. A few seeds bound it loosely. Step: time of a step with dropout, as a multiple of the plain one's, which calls
+the model once per column where ours calls it once.
 
 A run again gives the same numbers: seed 0 of *earlier layers weigh 1 each*, 50 steps, twice on one machine the same to
 the last digit, and within 3e-6 of what another processor gave.
@@ -161,8 +161,8 @@ def _introduction(found: dict[str, Any]) -> list[str]:
         f"Runs: {'; '.join(lengths)}. Learning rate: {learning_rates}.",
         "",
         "Arms, beside all layers × all dims with sentence-transformers' defaults (*all cells*) and",
-        "`MultipleNegativesRankingLoss` alone (*plain*); *pre-norm* ones train a small ModernBERT of random weights, all others",
-        f"{MINILM}:",
+        f"`MultipleNegativesRankingLoss` alone (*plain*), of {MINILM}; the *pre-norm* ones are of a small ModernBERT",
+        "of random weights:",
         "",
         *arms,
         "",

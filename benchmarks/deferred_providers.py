@@ -31,7 +31,7 @@ def run_loss(inputs: Inputs, deferred: bool, layer: Layer) -> None:
 
 
 def whole_step(inputs: Inputs, deferred: bool, layer: Layer) -> Step:
-    """:func:`run_loss`, less what the encoder takes."""
+    """``run_loss``, less what the encoder takes."""
 
     def step() -> list[Tensor]:
         start = time.perf_counter()

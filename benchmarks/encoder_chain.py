@@ -51,7 +51,7 @@ class Untimed:
         return seconds
 
     def between(self) -> float:
-        """Seconds from each span to the next one since :meth:`take`."""
+        """Seconds from each span to the next one since ``take``."""
         return sum(start - end for (_, end), (start, _) in pairwise(self._spans))
 
 

@@ -40,13 +40,13 @@ def missing() -> str:
     if hidden is None:
         return f"was installed without its compiled extension: {HOW_TO_BUILD}"
     return (
-        f"is imported from {_PACKAGE}, where no extension was compiled, and not from {hidden}, where it was installed: "
-        f"start Python in another folder, or run `{_REINSTALL}` in this one"
+        f"is imported from {_PACKAGE}, where no extension was compiled, and not from {hidden}, where one "
+        f"was: start Python in another folder, or run `{_REINSTALL}` in this one"
     )
 
 
 def _hidden_installation() -> Path | None:
-    """A built m2d_ext that comes later on Python's path: of who runs it in the source tree that it was installed from."""
+    """A built m2d_ext that comes later on Python's path: where it runs in the source tree it was installed from."""
     for folder in sys.path:
         package = Path(folder).resolve() / _PACKAGE.name
         if package != _PACKAGE and _read_config(package)["build"] != "none":

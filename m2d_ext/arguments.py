@@ -208,7 +208,7 @@ def read_grid(
     """Check what the loss is asked for.
 
     Returns:
-        The grid; the layers that matter; and the grid over them alone (:meth:`Grid.active`). Inside torch.compile
+        The grid; the layers that matter; and the grid over them alone (``Grid.active``). Inside torch.compile
         all layers matter: which weights are 0 would be a question to the data.
 
     Raises:

@@ -1,7 +1,7 @@
 """``torch.autograd.Function`` around the compiled operators.
 
 The loss is a scalar, so its gradient is only ever multiplied by one number g: the forward already computes dP, and
-the backward is the scatter ``g a[n, t] dP[l, n, :]`` alone; see :mod:`m2d_ext.deferred` for what it leaves to hooks.
+the backward is the scatter ``g a[n, t] dP[l, n, :]`` alone; see ``m2d_ext.deferred`` for what it leaves to hooks.
 On the CPU the forward has even scattered, for the g that it expects: it writes one layer's gradients while it reads
 the next one's states. Any other g scatters again.
 """
@@ -138,7 +138,7 @@ def _without(deferred: DeferredGradients | None, needed: Sequence[bool]) -> Sequ
 def _scatter_now(
     ctx: Any, pooled_grad: Tensor, grad_output: Tensor | None, needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    """:func:`_scatter`, but for the states whose gradients are deferred.
+    """``_scatter``, but for the states whose gradients are deferred.
 
     Of a traced function nothing is deferred: its context has no node to ask for edges.
     """
@@ -276,7 +276,7 @@ class _MaxPool(torch.autograd.Function):
 
 
 def pool_max(hidden_states: Sequence[Tensor], coefficients: Sequence[Tensor], cu_seqlens: Tensor | None) -> Tensor:
-    """Differentiable :func:`m2d_ext.ops.pool_max`, without the indices."""
+    """Differentiable ``m2d_ext.ops.pool_max``, without the indices."""
     if _needs_grad(*hidden_states):
         return _MaxPool.apply(tuple(coefficients), cu_seqlens, *hidden_states)
     return ops.pool_max(hidden_states, coefficients, cu_seqlens)[0]
@@ -288,7 +288,7 @@ def pool(
     cu_seqlens: Tensor | None,
     deferred: bool = False,
 ) -> Tensor:
-    """Differentiable :func:`m2d_ext.ops.pool`, in padded coefficients too; ``deferred`` as in :func:`loss`."""
+    """Differentiable ``m2d_ext.ops.pool``, in padded coefficients too; ``deferred`` as in ``loss``."""
     constants = tuple(table.detach() for table in coefficients)
     if _needs_grad(*hidden_states):
         later = _deferred(hidden_states, constants, cu_seqlens, deferred)
@@ -318,11 +318,11 @@ def loss(
     """Differentiable loss with its cells (L, K) and KLs (L,), both detached.
 
     Args:
-        hidden_states: as in :func:`m2d_ext.ops.loss`, layer-major.
+        hidden_states: as in ``m2d_ext.ops.loss``, layer-major.
         coefficients: as there.
         cu_seqlens: as there.
         grid: weights, dims and options.
-        deferred: whether the gradients of earlier layers may be deferred (:mod:`m2d_ext.deferred`).
+        deferred: whether the gradients of earlier layers may be deferred (``m2d_ext.deferred``).
     """
     if _needs_grad(*hidden_states):
         later = _deferred(hidden_states, coefficients, cu_seqlens, deferred)
@@ -333,7 +333,7 @@ def loss(
 def pooled_loss(
     pooled: Tensor, candidates: Tensor | None, target_offset: int, grid: Grid
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Differentiable :func:`m2d_ext.ops.pooled_loss`; results and ``grid`` as in :func:`loss`."""
+    """Differentiable ``m2d_ext.ops.pooled_loss``; results and ``grid`` as in ``loss``."""
     if _needs_grad(pooled, candidates):
         return _PooledLoss.apply(pooled, candidates, target_offset, grid)
     return ops.pooled_loss(pooled, candidates, target_offset, grid, False)[:3]

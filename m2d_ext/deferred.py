@@ -29,7 +29,7 @@ class DeferredGradients:
     """The deferred gradients of one call of the loss.
 
     Args:
-        states: hidden states, layer-major, as in :func:`m2d_ext.ops.loss`.
+        states: hidden states, layer-major, as in ``m2d_ext.ops.loss``.
         coefficients: one table per block.
         cu_seqlens: packed states only.
     """

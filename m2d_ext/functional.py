@@ -179,7 +179,7 @@ def matryoshka_2d_loss_pooled(
         candidates: (L, M, D), candidates gathered from elsewhere; None: the rows of ``pooled`` after the anchors.
             The KL is always that of ``pooled``.
         target_offset: anchor i's positive is candidate ``target_offset + i``.
-        num_columns: as in :func:`matryoshka_2d_loss`, and so are all the others.
+        num_columns: as in ``matryoshka_2d_loss``, and so are all the others.
         dims: K prefix lengths.
         weights: W (L, K).
         kl_weights: V (L,).
@@ -190,10 +190,10 @@ def matryoshka_2d_loss_pooled(
         return_cells: whether to return also the cells.
 
     Returns:
-        As :func:`matryoshka_2d_loss`.
+        As ``matryoshka_2d_loss``.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`matryoshka_2d_loss`.
+        TypeError, ValueError, RuntimeError: as ``matryoshka_2d_loss``.
     """
     results = loss_of_pooled(
         pooled,
@@ -222,7 +222,7 @@ def pool_layers(
     """Pool every layer's hidden states at once.
 
     Args:
-        hidden_states: as in :func:`matryoshka_2d_loss`.
+        hidden_states: as in ``matryoshka_2d_loss``.
         attention_mask: as there.
         cu_seqlens: as there.
         pooling: as there.
@@ -232,14 +232,14 @@ def pool_layers(
         (L, N, D) of the hidden states' dtype, summed in float32 or wider.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`matryoshka_2d_loss`.
+        TypeError, ValueError, RuntimeError: as ``matryoshka_2d_loss``.
     """
     tokens = arguments.read_tokens(hidden_states, attention_mask, cu_seqlens, pooling)
     return pool_of_tokens(tokens, backend).to(tokens.states[0].dtype)
 
 
 def pool_of_tokens(tokens: Tokens, backend: str = "auto", deferred: bool = False) -> Tensor:
-    """:func:`pool_layers` from a ready coefficient table, in the accumulation dtype; ``deferred`` as in the loss."""
+    """``pool_layers`` from a ready coefficient table, in the accumulation dtype; ``deferred`` as in the loss."""
     layers, blocks = tokens.num_layers, len(tokens.coefficients)
     return _pool(tokens, _is_fused(backend, tokens.states[0], layers=layers, blocks=blocks), deferred)
 
@@ -253,7 +253,7 @@ def loss_of_pooled(
     num_columns: int,
     **options: Any,
 ) -> LossAndCells:
-    """:func:`matryoshka_2d_loss_pooled` of any :class:`Grid`: the loss, the cells and the KLs."""
+    """``matryoshka_2d_loss_pooled`` of any ``Grid``: the loss, the cells and the KLs."""
     arguments.check_pooled(pooled, candidates, target_offset, num_columns)
     grid, layers, active = arguments.read_grid(
         num_layers=pooled.shape[0],
@@ -270,7 +270,7 @@ def loss_of_pooled(
 
 
 def loss_of_tokens(tokens: Tokens, backend: str = "auto", deferred: bool = False, **options: Any) -> LossAndCells:
-    """:func:`matryoshka_2d_loss` from a ready coefficient table and of any :class:`Grid`, as above."""
+    """``matryoshka_2d_loss`` from a ready coefficient table and of any ``Grid``, as above."""
     grid, layers, active = arguments.read_grid(
         num_layers=tokens.num_layers, num_texts=tokens.num_texts, width=tokens.states[0].shape[-1], **options
     )

@@ -1,7 +1,7 @@
 """The compiled operators, typed, with their fakes: the only file that names ``torch.ops.m2d_ext``.
 
 The operators are private: called on a tensor that requires grad they record no gradient. Shapes are those of
-:mod:`m2d_ext.reference`.
+``m2d_ext.reference``.
 """
 
 import functools
@@ -166,7 +166,7 @@ def loss_and_gradients(
     grad_output: float,
     layers: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    """:func:`loss` with dP, and what :func:`pool_backward` makes of it for ``grad_output`` and ``layers``. CPU only:
+    """``loss`` with dP, and what ``pool_backward`` makes of it for ``grad_output`` and ``layers``. CPU only:
     there one layer's gradients are written while the next one's states are read.
     """
     return torch.ops.m2d_ext.loss_and_gradients(hidden_states, coefficients, cu_seqlens, *grid, grad_output, layers)
@@ -179,7 +179,7 @@ def pooled_loss(
     grid: Grid,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`loss`, from pooled rows; the fifth result is the gathered candidates' gradient, or empty.
+    """As ``loss``, from pooled rows; the fifth result is the gathered candidates' gradient, or empty.
 
     Rows of a half type are read as float32, and their gradients are float32.
     """
@@ -205,7 +205,7 @@ def _num_texts(coefficients: Sequence[Tensor], cu_seqlens: Tensor | None) -> int
 
 
 def computes_cosines(rows: Tensor) -> bool:
-    """Whether :func:`nested_cosines` takes rows like these: there are kernels for the CPU alone."""
+    """Whether ``nested_cosines`` takes rows like these: there are kernels for the CPU alone."""
     return rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.float64) and _extension.available()
 
 
@@ -224,7 +224,7 @@ def nested_cosines_backward(
 
 def masked_logsumexp(scores: Tensor, mask: Tensor | None, scale: float, over_rows: bool) -> Tensor:
     """Of ``scale * scores`` (L, K, A, M) in float64 that the mask (A, M) is not true for: (L, K, A), or (L, K, M) over
-    the rows. For scores of :func:`nested_cosines`.
+    the rows. For scores of ``nested_cosines``.
     """
     return torch.ops.m2d_ext.masked_logsumexp(scores, mask, scale, over_rows)
 

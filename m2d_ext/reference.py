@@ -35,7 +35,7 @@ def pool(hidden_states: list[Tensor], coefficients: list[Tensor], cu_seqlens: Te
 
 
 def pool_max(hidden_states: list[Tensor], coefficients: list[Tensor], cu_seqlens: Tensor | None = None) -> Tensor:
-    """Maxima over the tokens whose coefficient is not 0; 0 for a text without one. Arguments as in :func:`pool`."""
+    """Maxima over the tokens whose coefficient is not 0; 0 for a text without one. Arguments as in ``pool``."""
     blocks = len(coefficients)
     layers = [hidden_states[i : i + blocks] for i in range(0, len(hidden_states), blocks)]
     if cu_seqlens is not None:
@@ -108,7 +108,7 @@ def matryoshka_2d_loss_pooled(
         kl_temperature: tau.
         scale: factor of the cosines.
         normalize: whether rows are normalised before anything else.
-        hardness: as :class:`m2d_ext.grid.Grid` has it.
+        hardness: as ``m2d_ext.grid.Grid`` has it.
         own_hardness: as there.
 
     Returns:

@@ -37,7 +37,7 @@ def nested_cosines(a: Tensor, b: Tensor, dims: Sequence[int]) -> Tensor:
 
 
 def nested_pair_cosines(a: Tensor, b: Tensor, dims: Sequence[int]) -> Tensor:
-    """Cosines of row i of ``a`` with row i of ``b``, both (L, A, D); else as :func:`nested_cosines`: (L, K, A)."""
+    """Cosines of row i of ``a`` with row i of ``b``, both (L, A, D); else as ``nested_cosines``: (L, K, A)."""
     return _Cosines.apply(a, b, tuple(dims), True)
 
 

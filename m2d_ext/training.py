@@ -86,16 +86,16 @@ def train(
         seed: of the order, the dropout and the draws.
         show_progress: whether to show a bar and the losses.
         overwrite: whether a model in the output folder is replaced.
-        options: of :class:`m2d_ext.Matryoshka2dLoss`; without any all layers × all dims are trained.
+        options: of ``m2d_ext.Matryoshka2dLoss``; without any all layers × all dims are trained.
 
     Returns:
-        The mean training loss and the grids, as :class:`Trained`.
+        The mean training loss and the grids, as ``Trained``.
 
     Raises:
         ImportError: no accelerate or no datasets, which the Trainer needs.
         TypeError: numbers that are not ints; data that are no rows.
         ValueError: no rows, fewer than a batch, other columns or an empty text; an output folder that is not empty;
-            dims or draws that the model does not have; as :func:`fit` and :func:`limited_length`; what the loss says.
+            dims or draws that the model does not have; as ``fit`` and ``limited_length``; what the loss says.
     """
     _check_installed()
     _check_numbers(epochs, steps, batch_size, learning_rate, warmup_ratio)
@@ -140,7 +140,7 @@ def fit(
     show_progress: bool = True,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> float:
-    """:func:`train` with any loss, and without saving.
+    """``train`` with any loss, and without saving.
 
     Args:
         model: as there.

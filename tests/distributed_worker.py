@@ -77,7 +77,7 @@ class World:
     def run(
         self, job: Callable[..., Any], *arguments: Any, waits: Sequence[int] | None = None, seconds: float = 60.0
     ) -> list[Any]:
-        """``job(*arguments)`` in all processes: what each returned, :class:`Raised`, or None if it ended.
+        """``job(*arguments)`` in all processes: what each returned, ``Raised``, or None if it ended.
 
         Args:
             job: a function of this module.

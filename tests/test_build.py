@@ -320,7 +320,8 @@ def test_the_source_tree_that_hides_its_installation_is_named(tmp_path):
 
     hidden = run(source.parent)
     assert hidden.stdout.strip() == "none"
-    assert f"is imported from {source}, where no extension was compiled, and not from {installed}" in hidden.stderr
+    places = f"is imported from {source}, where no extension was compiled, and not from {installed}, where one was"
+    assert places in hidden.stderr
     assert "`pip install --no-build-isolation --no-deps -e .`" in hidden.stderr
     elsewhere = run(tmp_path)
     assert (elsewhere.stdout.strip(), elsewhere.stderr) == (_extension.build_info()["build"], "")

@@ -110,7 +110,7 @@ def test_no_package_dominates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     ],
 )
 def test_the_body_ends_before_the_first_section(section: str) -> None:
-    prose = f"Return :class:`~a.Thing` of the ``list``.  {BODY.format('list')}\n\nMore about it."
+    prose = f"Return ``a.Thing`` of the ``list``.  {BODY.format('list')}\n\nMore about it."
     text = f"{prose}\n\n{section}\n\nAnd the end."
     expected = "Return a.Thing of the list.", f"{BODY.format('list')} More about it."
     assert summary_and_body(text) == expected

@@ -70,7 +70,7 @@ def choose(
         max_bytes: of a vector in an index.
 
     Returns:
-        The :class:`Choice`.
+        The ``Choice``.
 
     Raises:
         ValueError: a layer that was not profiled, a share that is none, a limit that is no number, limits that no

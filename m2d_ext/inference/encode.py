@@ -21,7 +21,7 @@ class AllLayers:
 
     Args:
         model: Transformer, Pooling and modules that work on rows. Its modules, configuration and mode are after every
-            :meth:`encode` what they were; the hooks by which transformers records hidden states stay on the encoder.
+            ``encode`` what they were; the hooks by which transformers records hidden states stay on the encoder.
         layers: how many layers to keep, each; None: 0, where the architecture can be without, up to all.
         apply_norm: whether the earlier layers pass through the encoder's final norm, if it has one: what a model cut
             there does.
@@ -50,7 +50,7 @@ class AllLayers:
 
     @property
     def normalizes(self) -> bool:
-        """Whether the model normalises what it returns. The rows of :meth:`encode` are those before."""
+        """Whether the model normalises what it returns. The rows of ``encode`` are those before."""
         return isinstance(list(self.model.children())[-1], Normalize)
 
     @property

@@ -37,7 +37,7 @@ class GridEvaluator(BaseEvaluator):
     """Evaluates every layer × dim cell of a model; each text is encoded once, whatever the number of cells.
 
     A cell (l, d) is the model cut to its first l layers and d dimensions
-    (:func:`m2d_ext.truncate_model`), and its score is what the evaluator says of that model. Of a corpus no more than
+    (``m2d_ext.truncate_model``), and its score is what the evaluator says of that model. Of a corpus no more than
     a chunk's rows are in memory at a time (``InformationRetrievalEvaluator.corpus_chunk_size``).
 
     Args:
@@ -48,7 +48,7 @@ class GridEvaluator(BaseEvaluator):
             score, or label; anchor, positive and negative; or anchor and positive, which are retrieved among all
             positives. Labels of 0 and 1 are two classes; where one is a fraction they are similarities, as a score is.
         layers: numbers of layers to keep; None: 0, where the architecture can be without, up to all: those of a
-            :func:`profile`.
+            ``profile``.
         dims: numbers of dimensions to keep; None: as many as the model returns, and its halves down to 32.
         metric: which of the evaluator's; None: its primary one.
         primary: what ``primary_metric`` names, by which a Trainer picks its best model: "last" is the whole model,
@@ -242,7 +242,7 @@ def default_dims(width: int) -> list[int]:
 
 
 def evaluator_of(data: Any, name: str = "") -> BaseEvaluator:
-    """The evaluator of rows, by their columns; see :class:`GridEvaluator`.
+    """The evaluator of rows, by their columns; see ``GridEvaluator``.
 
     Raises:
         TypeError: no rows.

@@ -67,7 +67,7 @@ class Grid:
 
     @classmethod
     def from_json(cls, data: Any) -> "Grid":
-        """What :meth:`to_json` gave. ValueError where it is no grid, or a score of it is neither finite nor None."""
+        """What ``to_json`` gave. ValueError where it is no grid, or a score of it is neither finite nor None."""
         fields.check_object("grid", data, cls.__dataclass_fields__, ("layers", "dims", "scores", "metric"))
         fields.check_counts("layers", data["layers"], least=0)
         fields.check_counts("dims", data["dims"], least=1)
@@ -89,7 +89,7 @@ class Grid:
 
     @classmethod
     def read(cls, path: str | Path) -> "Grid":
-        """What :meth:`write` wrote. ValueError where it is no grid."""
+        """What ``write`` wrote. ValueError where it is no grid."""
         try:
             return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
         except ValueError as error:

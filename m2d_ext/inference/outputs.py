@@ -76,7 +76,7 @@ def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         overwrite: whether a model may be there, which is replaced with all that its folder holds.
 
     Raises:
-        ValueError: as :func:`check_folder`.
+        ValueError: as ``check_folder``.
         OSError: what is there cannot be moved.
     """
     check_folder("output", path, overwrite)

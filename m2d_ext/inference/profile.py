@@ -53,7 +53,7 @@ class Profile:
 
     @classmethod
     def from_json(cls, data: Any) -> "Profile":
-        """What :meth:`to_json` gave. ValueError where it is no profile."""
+        """What ``to_json`` gave. ValueError where it is no profile."""
         fields.check_object("profile", data, cls.__dataclass_fields__, cls.__dataclass_fields__)
         fields.check_counts("layers", data["layers"], least=0)
         for name in ("texts_per_second", "latency_ms", "parameter_bytes", "peak_bytes"):
@@ -70,7 +70,7 @@ class Profile:
 
     @classmethod
     def read(cls, path: str | Path) -> "Profile":
-        """What :meth:`write` wrote. ValueError where it is no profile."""
+        """What ``write`` wrote. ValueError where it is no profile."""
         try:
             return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
         except ValueError as error:
@@ -98,12 +98,12 @@ def profile(
         repeats: rounds.
 
     Returns:
-        The :class:`Profile`.
+        The ``Profile``.
 
     Raises:
         TypeError: layers that are not ints.
         ValueError: no texts, or numbers that are not positive; layers that are empty or repeated; what
-            :func:`m2d_ext.truncate_model` says.
+            ``m2d_ext.truncate_model`` says.
     """
     if batch_size <= 0 or repeats <= 0:
         raise ValueError(f"batch_size and repeats must be positive, got {batch_size} and {repeats}")

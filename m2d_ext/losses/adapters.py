@@ -58,7 +58,7 @@ def info_nce_directions(loss: Any) -> list[str]:
 
 
 def hardness(loss: Any) -> tuple[float, float]:
-    """``hardness`` and ``own_hardness`` of :class:`m2d_ext.grid.Grid` for a loss of that cross-entropy."""
+    """``hardness`` and ``own_hardness`` of ``m2d_ext.grid.Grid`` for a loss of that cross-entropy."""
     if not _is_hardened(loss):
         return 0.0, 0.0
     strength = float(loss.hardness_strength)

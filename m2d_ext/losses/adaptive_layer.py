@@ -36,7 +36,7 @@ from .step import Cells, Step
 class AdaptiveLayerLoss(nn.Module):
     """Trains models that can be cut to fewer layers: a base loss on the final layer and on earlier ones.
 
-    A drop-in for ``sentence_transformers.losses.AdaptiveLayerLoss``: the same loss, gradients, draws and errors.
+    A drop-in for ``sentence_transformers.losses.AdaptiveLayerLoss``: the same loss, gradients and draws.
     With k earlier layers drawn, out of the L - 1 whose index 0 is the embedding output,
 
         loss = last_layer_weight M(final) + sum_j prior_layers_weight w(j) M(j) / k + sum_j kl_div_weight T KL_j

@@ -89,12 +89,12 @@ class MiniBatches:
     """One batch's texts in mini-batches, to be embedded twice.
 
     Args:
-        wrapper: what is called, as in :func:`m2d_ext.losses.embed.embed_rows`.
+        wrapper: what is called, as in ``m2d_ext.losses.embed.embed_rows``.
         model: as there.
         columns: the feature dicts, which must stay as they are until the backward.
         caching: how to split them.
         norm: as there.
-        deferred: whether the gradients of earlier layers may be deferred (:mod:`m2d_ext.deferred`).
+        deferred: whether the gradients of earlier layers may be deferred (``m2d_ext.deferred``).
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class MiniBatches:
 
         Args:
             pooled_grad: (len(layers), N, D).
-            earlier: as in :meth:`pool`.
+            earlier: as in ``pool``.
             layers: those among the states so wanted that ``pooled_grad`` is of.
         """
         first = 0

@@ -129,12 +129,12 @@ def embed_rows(
     the parameters that a call used.
 
     Args:
-        wrapper: as in :func:`embed`, and so are the next four.
+        wrapper: as in ``embed``, and so are the next four.
         model: Transformer, perhaps WordWeights, Pooling, and then modules that work on rows.
         batches: as there.
         earlier: as there.
         norm: as there.
-        deferred: whether the gradients of earlier layers may be deferred (:mod:`m2d_ext.deferred`).
+        deferred: whether the gradients of earlier layers may be deferred (``m2d_ext.deferred``).
 
     Returns:
         (L, N, D) in the accumulation dtype, and how many hidden states the encoder has. D is what the modules make of

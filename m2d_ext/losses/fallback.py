@@ -101,7 +101,7 @@ class EmbeddingRecorder:
 
 
 def is_looping(model: Any) -> bool:
-    """Whether :func:`adaptive_layer_loss` is at work on the model."""
+    """Whether ``adaptive_layer_loss`` is at work on the model."""
     return isinstance(vars(model).get("forward"), EmbeddingRecorder)
 
 

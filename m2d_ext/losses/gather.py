@@ -82,7 +82,7 @@ def agree(
         device: where collectives take their tensors from.
 
     Returns:
-        The draw, and the :class:`Batches`.
+        The draw, and the ``Batches``.
 
     Raises:
         ValueError: on every process: fewer than two columns, differing numbers of them, or an empty batch.

@@ -50,8 +50,8 @@ def check_fusable(loss: nn.Module, reason: str, **options: Any) -> None:
 class MatryoshkaLoss(nn.Module):
     """Trains embeddings that can be cut to fewer dimensions: the sum of a base loss over prefixes of them.
 
-    A drop-in for ``sentence_transformers.losses.MatryoshkaLoss``: the same loss, gradients, draws and errors. All
-    dims cost one loss for what :class:`m2d_ext.AdaptiveLayerLoss` takes; anything else runs the reference loop, and
+    A drop-in for ``sentence_transformers.losses.MatryoshkaLoss``: the same loss, gradients and draws. All
+    dims cost one loss for what ``m2d_ext.AdaptiveLayerLoss`` takes; anything else runs the reference loop, and
     one log line says why.
 
     Kusupati et al., "Matryoshka Representation Learning", arXiv:2205.13147.

@@ -14,8 +14,8 @@ from .recipe import LayerWeighting, Pairs, read_pairs
 class Matryoshka2dLoss(AdaptiveLayerLoss):
     """Trains models that can be cut to fewer layers and fewer dimensions.
 
-    A drop-in for ``sentence_transformers.losses.Matryoshka2dLoss``: an :class:`AdaptiveLayerLoss` around a
-    :class:`MatryoshkaLoss` around the base loss. ``n_layers_per_step=-1, n_dims_per_step=-1`` trains every cell.
+    A drop-in for ``sentence_transformers.losses.Matryoshka2dLoss``: an ``AdaptiveLayerLoss`` around a
+    ``MatryoshkaLoss`` around the base loss. ``n_layers_per_step=-1, n_dims_per_step=-1`` trains every cell.
 
     Li et al., "2D Matryoshka Sentence Embeddings", arXiv:2402.14776.
 
@@ -30,19 +30,24 @@ class Matryoshka2dLoss(AdaptiveLayerLoss):
         prior_layers_weight: weight of the mean of the earlier layers' losses.
         kl_div_weight: weight of the KL.
         kl_temperature: T; no KL if <= 0.
-        layer_weighting: as in :class:`AdaptiveLayerLoss`.
-        layers: as there.
+        layer_weighting: w(j) of the earlier layers: "uniform", "log", "linear", a list of numbers or a function.
+        layers: earlier layers to train in every step, in place of a draw.
         pairs: the (layer, dim) cells to train in every step, in place of all draws; of the final layer too, which
             teaches in any case. Zhuang et al., "Starbucks", arXiv:2410.13230, counts layers as hidden states are
             counted here: 0 is the embedding output.
-        kl_target: as there.
-        false_negative_margin: as there.
-        final_norm: as there.
-        log_cells: as there.
-        deferred: as there.
-        mini_batch_size: as there.
-        mini_batch_num_tokens: as there.
-        show_progress_bar: as there.
+        kl_target: what the KL compares, "features" (embeddings) or "scores" (of the in-batch candidates).
+        false_negative_margin: leave out candidates that the final layer finds more similar to the anchor than its
+            positive by more than this.
+        final_norm: "apply" gives the earlier layers the encoder's final norm, as a cut pre-norm model has it; "skip"
+            as sentence-transformers.
+        log_cells: return a dict of the weighted losses of all cells and KLs, which a Trainer logs.
+        deferred: whether earlier layers' gradients are added where autograd brings those layers' own, for less memory
+            and time.
+        mini_batch_size: embed so many texts of a column at a time, twice (gradient caching).
+        mini_batch_num_tokens: as many texts at a time as have so many tokens, in place of that.
+        show_progress_bar: whether to show one over the mini-batches.
+
+    All of it in more words at ``AdaptiveLayerLoss``.
 
     Raises:
         TypeError, ValueError: as the two losses that it is made of; ``pairs`` that are not pairs of ints, empty,

@@ -53,7 +53,7 @@ class Rows:
 
     @property
     def own(self) -> Tensor:
-        """:meth:`own_of` all anchors."""
+        """``own_of`` all anchors."""
         return self.own_of(slice(0, self.batch_size))
 
     def own_of(self, anchors: slice) -> Tensor:

@@ -46,8 +46,8 @@ class Step:
         norm: what the earlier hidden states pass through before they are pooled; None: nothing.
         deferred: whether the gradients of earlier layers may be deferred.
         caching: how to cache gradients; None: not at all.
-        ranks_kl: whether the KL is one of rankings (:mod:`m2d_ext.losses.score_kl`), not of features.
-        false_negative_margin: as :class:`m2d_ext.losses.rows.Rows` has it.
+        ranks_kl: whether the KL is one of rankings (``m2d_ext.losses.score_kl``), not of features.
+        false_negative_margin: as ``m2d_ext.losses.rows.Rows`` has it.
     """
 
     wrapper: Any
