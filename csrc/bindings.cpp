@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "deferred.h"
+#include "vector_levels.h"
 
 // L hidden states of `blocks` tensors each come as one list, layer-major. `weights` (L, K) and
 // `kl_weights` (L,) are float64 CPU tensors on every backend. docs in m2d_ext/ops.py.
@@ -66,29 +67,15 @@ std::string compiler() {
 #endif
 }
 
-// The widest vector level that the CPU kernels were compiled for and this processor has.
-std::string cpu_capability() {
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-  if (__builtin_cpu_supports("x86-64-v4")) return "x86-64-v4";
-  if (__builtin_cpu_supports("x86-64-v3")) return "x86-64-v3";
-#endif
-  return "baseline";
-}
-
 pybind11::dict build_info() {
   pybind11::dict info;
   info["compiler"] = compiler();
   info["torch"] = TORCH_VERSION;
-  info["cpu_capability"] = cpu_capability();
+  info["cpu_capability"] = m2d::vector_level();
 #if defined(_OPENMP)
   info["openmp"] = _OPENMP;
 #else
   info["openmp"] = 0;
-#endif
-#if defined(M2D_CUDA_ARCHES)
-  info["cuda_arches"] = M2D_CUDA_ARCHES;
-#else
-  info["cuda_arches"] = "";
 #endif
   return info;
 }

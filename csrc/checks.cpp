@@ -7,10 +7,10 @@
 namespace m2d {
 namespace {
 
-at::ScalarType accumulate_type_of(at::ScalarType type) {
+at::ScalarType accumulate_type_of(at::ScalarType type, const char* name) {
   TORCH_CHECK(
-      type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf,
-      "hidden states must be float64, float32, bfloat16 or float16, got ", type);
+      type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf, name,
+      " must be float64, float32, bfloat16 or float16, got ", type);
   return type == at::kDouble ? at::kDouble : at::kFloat;
 }
 
@@ -70,7 +70,9 @@ void check_offsets(const PoolProblem& problem, const std::optional<Tensor>& cu_s
               "cu_seqlens must end at the token count ", block.num_tokens);
 }
 
-void add_state(PoolProblem& problem, const Tensor& state, const TokenBlock& block, bool packed) {
+// `written`: the kernels write to it. Memory that a lazy clone shares becomes its own by being asked for.
+void add_state(PoolProblem& problem, const Tensor& state, const TokenBlock& block, bool packed,
+               bool written) {
   TORCH_CHECK(state.dim() == (packed ? 2 : 3), "hidden states must be ", packed ? 2 : 3,
               "-dimensional, got ", state.dim());
   TORCH_CHECK(state.scalar_type() == at::typeMetaToScalarType(problem.options.dtype()) &&
@@ -83,8 +85,8 @@ void add_state(PoolProblem& problem, const Tensor& state, const TokenBlock& bloc
               " texts of ", block.num_tokens, " tokens of width ", problem.params.dim);
   problem.storage.push_back(last_dim_contiguous(state));
   const Tensor& view = problem.storage.back();
-  problem.states.push_back({const_cast<void*>(view.const_data_ptr()), packed ? 0 : view.stride(0),
-                            view.stride(packed ? 0 : 1)});
+  void* data = written ? view.mutable_data_ptr() : const_cast<void*>(view.const_data_ptr());
+  problem.states.push_back({data, packed ? 0 : view.stride(0), view.stride(packed ? 0 : 1)});
 }
 
 void link(PoolProblem& problem) {
@@ -129,11 +131,11 @@ void check_loss_options(const LossParams<T>& params, const LossOptions& options)
   check_dims(options.dims, params.dim);
   TORCH_CHECK((options.hardness == 0 && options.own_hardness == 0) ||
                   (params.num_candidates % (options.num_columns - 1) == 0 &&
-                   params.target_offset + params.num_anchors <=
-                       params.num_candidates / (options.num_columns - 1)),
+                   params.target_offset <=
+                       params.num_candidates / (options.num_columns - 1) - params.num_anchors),
               "hardness asks for as many candidates in every column, the positives in the first");
   TORCH_CHECK(params.target_offset >= 0 &&
-                  params.target_offset + params.num_anchors <= params.num_candidates,
+                  params.target_offset <= params.num_candidates - params.num_anchors,
               "target_offset must leave a candidate for each anchor");
 }
 
@@ -144,6 +146,8 @@ LossProblem<T> start_loss(at::IntArrayRef rows, const at::TensorOptions& row_opt
                           const LossOptions& options) {
   TORCH_CHECK(options.num_columns >= 2 && rows[1] % options.num_columns == 0,
               "the number of texts must be a multiple of num_columns >= 2");
+  TORCH_CHECK(!candidates || candidates->dim() == 3, "candidates must be (L, M, D), got ",
+              candidates ? candidates->sizes() : rows);
   LossProblem<T> problem{};
   LossParams<T>& params = problem.params;
   LossOutputs& outputs = problem.outputs;
@@ -182,11 +186,11 @@ LossProblem<T> start_loss(at::IntArrayRef rows, const at::TensorOptions& row_opt
 }  // namespace
 
 PoolProblem read_states(at::TensorList hidden_states, at::TensorList coefficients,
-                        const std::optional<Tensor>& cu_seqlens) {
+                        const std::optional<Tensor>& cu_seqlens, bool written) {
   TORCH_CHECK(!hidden_states.empty(), "hidden_states must not be empty");
   PoolProblem problem{};
   problem.options = hidden_states[0].options();
-  problem.accumulate_type = accumulate_type_of(hidden_states[0].scalar_type());
+  problem.accumulate_type = accumulate_type_of(hidden_states[0].scalar_type(), "hidden states");
   add_blocks(problem, coefficients, cu_seqlens);
   check_offsets(problem, cu_seqlens);
   const int64_t blocks = problem.params.num_blocks;
@@ -197,7 +201,8 @@ PoolProblem read_states(at::TensorList hidden_states, at::TensorList coefficient
   TORCH_CHECK(hidden_states[0].dim() >= 2, "hidden states must be 2- or 3-dimensional");
   problem.params.dim = hidden_states[0].size(-1);
   for (int64_t i = 0; i < states; ++i) {
-    add_state(problem, hidden_states[i], problem.blocks[i % blocks], cu_seqlens.has_value());
+    add_state(problem, hidden_states[i], problem.blocks[i % blocks], cu_seqlens.has_value(),
+              written);
   }
   link(problem);
   return problem;
@@ -211,7 +216,7 @@ GradProblem allocate_state_grads(const Tensor& pooled_grad, at::IntArrayRef laye
   GradProblem problem{};
   PoolProblem& pool = problem.pool;
   pool.options = pooled_grad.options().dtype(dtype);
-  pool.accumulate_type = accumulate_type_of(dtype);
+  pool.accumulate_type = accumulate_type_of(dtype, "dtype");
   TORCH_CHECK(pooled_grad.scalar_type() == pool.accumulate_type, "pooled_grad must be ",
               pool.accumulate_type, ", got ", pooled_grad.scalar_type());
   add_blocks(pool, coefficients, cu_seqlens);
@@ -227,7 +232,7 @@ GradProblem allocate_state_grads(const Tensor& pooled_grad, at::IntArrayRef laye
       problem.grads.push_back(
           packed ? at::empty({block.num_tokens, pool.params.dim}, pool.options)
                  : at::empty({block.num_texts, block.num_tokens, pool.params.dim}, pool.options));
-      add_state(pool, problem.grads.back(), block, packed);
+      add_state(pool, problem.grads.back(), block, packed, true);
     }
   }
   link(pool);
@@ -235,7 +240,7 @@ GradProblem allocate_state_grads(const Tensor& pooled_grad, at::IntArrayRef laye
 }
 
 Tensor accumulated(const Tensor& rows) {
-  return rows.to(accumulate_type_of(rows.scalar_type()));
+  return rows.to(accumulate_type_of(rows.scalar_type(), "rows"));
 }
 
 std::optional<Tensor> accumulated(const std::optional<Tensor>& rows) {
@@ -254,8 +259,7 @@ LossProblem<T> read_loss(const Tensor& pooled, const std::optional<Tensor>& cand
   problem.storage.push_back(rows);
   params.pooled = const_rows_of<T>(rows);
   if (params.gathered) {
-    TORCH_CHECK(candidates->dim() == 3 && candidates->size(0) == rows.size(0) &&
-                    candidates->size(2) == rows.size(2) &&
+    TORCH_CHECK(candidates->size(0) == rows.size(0) && candidates->size(2) == rows.size(2) &&
                     candidates->scalar_type() == rows.scalar_type() &&
                     candidates->device() == rows.device(),
                 "candidates must be (L, M, D) of pooled's dtype and device");
@@ -330,7 +334,10 @@ LogSumExpProblem read_scores(const Tensor& scores, const std::optional<Tensor>& 
                         mask->device() == scores.device()),
               "mask must be bool of shape ", matrix, " on the scores' device, got ",
               mask ? mask->toString() : "", " of shape ", mask ? mask->sizes() : matrix);
-  const bool is_one_batch = scores.stride(0) == scores.size(1) * scores.stride(1);
+  // The stride of a dimension of one element says nothing, not even of what is contiguous.
+  const int64_t batch = scores.size(1) == 1 ? 0 : 1;
+  const bool is_one_batch = scores.size(0) == 1 || scores.size(1) == 1 ||
+                            scores.stride(0) == scores.size(1) * scores.stride(1);
   LogSumExpProblem problem{{},
                            is_one_batch && scores.stride(3) == 1 ? scores : scores.contiguous(),
                            mask ? mask->contiguous().to(at::kDouble) : Tensor(),
@@ -338,7 +345,7 @@ LogSumExpProblem read_scores(const Tensor& scores, const std::optional<Tensor>& 
   problem.params = {scores.size(0) * scores.size(1),
                     scores.size(2),
                     scores.size(3),
-                    problem.scores.stride(1),
+                    problem.scores.stride(batch),
                     problem.scores.stride(2),
                     problem.scores.const_data_ptr<double>(),
                     mask ? problem.mask.const_data_ptr<double>() : nullptr,

@@ -24,9 +24,9 @@ struct PoolProblem {
   at::ScalarType accumulate_type;  // float32 for the half types, else the states' own
 };
 
-// Reading: `states` are given. L * blocks of them, layer-major.
+// Reading, or writing where they lie: `states` are given. L * blocks of them, layer-major.
 PoolProblem read_states(at::TensorList hidden_states, at::TensorList coefficients,
-                        const std::optional<Tensor>& cu_seqlens);
+                        const std::optional<Tensor>& cu_seqlens, bool written = false);
 
 // Writing: `states` are allocated, contiguous, for the given layers of pooled_grad (L, N, D).
 struct GradProblem {

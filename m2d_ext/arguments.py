@@ -5,6 +5,7 @@ import itertools
 import math
 import operator
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple, SupportsIndex, TypeAlias
 
@@ -215,7 +216,7 @@ def read_grid(
         TypeError: an argument is of the wrong kind.
         ValueError: a value is wrong.
     """
-    _check_columns(num_columns, num_texts)
+    num_columns = _read_columns(num_columns, num_texts)
     dims = _read_dims(dims, width)
     kl_weights = (0.0,) * num_layers if kl_weights is None else kl_weights
     read = _read_weights
@@ -224,7 +225,8 @@ def read_grid(
         # Numbers all: a tensor would be known by its identity, and not by its value.
         weights = tuple(map(tuple, _read_rows("weights", weights)))
         kl_weights = tuple(_read_numbers("kl_weights", kl_weights))
-        options = {name: _read_number(name, value) for name, value in options.items()}
+        options |= {name: _read_number(name, value) for name, value in options.items() if name != "normalize"}
+        options["normalize"] = bool(options["normalize"])
         read = _read_weights_once
     grid, layers, active = read(num_layers, num_columns, dims, weights, kl_weights, **options)
     return _of_this_mode(grid), layers, _of_this_mode(active)
@@ -278,25 +280,22 @@ def _read_weights_once(*shape_and_weights: Any, **options: Any) -> tuple[Grid, l
         return _read_weights(*shape_and_weights, **options)
 
 
-def _check_columns(num_columns: int, num_texts: int) -> None:
-    if not isinstance(num_columns, int) or isinstance(num_columns, bool):
-        raise TypeError(f"num_columns must be an int, got {type(num_columns).__name__}")
+def _read_columns(num_columns: SupportsIndex, num_texts: int) -> int:
+    num_columns = _read_int("num_columns", num_columns)
     if num_columns < 2:
         raise ValueError(f"num_columns must be at least 2 (anchor and positive), got {num_columns}")
     if num_texts == 0:
         raise ValueError("the batch must hold at least one text per column, got none")
     if num_texts % num_columns:
         raise ValueError(f"num_columns must divide the {num_texts} texts, got {num_columns}")
+    return num_columns
 
 
 def _read_dims(dims: Sequence[int], width: int) -> tuple[int, ...]:
     dims = _read_list("dims", dims, "a sequence of ints")
     if len(dims) == 0:
         raise ValueError("dims must hold at least one dimension, got none")
-    # int first: asking a protocol takes longer than all else here.
-    if any(not isinstance(d, (int, SupportsIndex)) or isinstance(d, bool) for d in dims):
-        raise TypeError(f"dims must be ints, got {list(dims)}")
-    dims = tuple(d if isinstance(d, int) else operator.index(d) for d in dims)  # numpy's are as good
+    dims = tuple(_read_int("dims", d, "ints") for d in dims)
     if dims[0] <= 0 or any(a >= b for a, b in itertools.pairwise(dims)):
         raise ValueError(f"dims must be positive, ascending and distinct, got {list(dims)}")
     if dims[-1] > width:
@@ -322,19 +321,34 @@ def _read_rows(name: str, table: Any) -> list[list[float]]:
     return [_read_numbers(name, row) for row in rows]
 
 
+def _read_int(name: str, value: Any, what: str = "an int") -> int:
+    """Numpy's too."""
+    if type(value) is int:  # asking a protocol takes longer than all else here
+        return value
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise TypeError(f"{name} must be {what}, got {value!r}")
+
+
 def _read_number(name: str, value: Any) -> float:
     """Numpy's, or a tensor's, too; a gradient is formed for none."""
     if isinstance(value, Tensor) and value.requires_grad:
         raise ValueError(f"{name} must be a number, got a tensor that requires grad")
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except OverflowError:
+        raise ValueError(f"{name} must be finite, got {value!r}") from None
+    except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name} must be a number, got {value!r}") from None
 
 
 def _read_positive(name: str, value: float) -> float:
+    """Its reciprocal is finite too, which the smallest of all floats have not."""
     value = _read_number(name, value)
-    if not 0 < value < math.inf:
+    if not sys.float_info.min <= value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value}")
     return value
 
@@ -380,8 +394,7 @@ def check_pooled(pooled: Tensor, candidates: Tensor | None, target_offset: int, 
             raise TypeError(f"{name} must be a float64, float32, bfloat16 or float16 tensor, got {kind}")
         if rows.ndim != 3 or 0 in rows.shape:
             raise ValueError(f"{name} must have shape (layers, texts, D), none of them 0, got {tuple(rows.shape)}")
-    _check_columns(num_columns, pooled.shape[1])
-    num_anchors = pooled.shape[1] // num_columns
+    num_anchors = pooled.shape[1] // _read_columns(num_columns, pooled.shape[1])
     num_candidates = pooled.shape[1] - num_anchors
     if candidates is not None:
         num_candidates = candidates.shape[1]
@@ -392,8 +405,7 @@ def check_pooled(pooled: Tensor, candidates: Tensor | None, target_offset: int, 
             raise TypeError(f"candidates must have pooled's dtype {pooled.dtype}, got {candidates.dtype}")
         if candidates.device != pooled.device:
             raise ValueError(f"candidates must be on pooled's device {pooled.device}, got {candidates.device}")
-    if not isinstance(target_offset, int) or isinstance(target_offset, bool):
-        raise TypeError(f"target_offset must be an int, got {type(target_offset).__name__}")
+    target_offset = _read_int("target_offset", target_offset)
     if not 0 <= target_offset <= num_candidates - num_anchors:
         raise ValueError(
             f"target_offset must be in 0..{num_candidates - num_anchors}, so that each of the {num_anchors} anchors "

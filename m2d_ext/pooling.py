@@ -28,6 +28,8 @@ def padded_coefficients(
     Returns:
         (N, T).
     """
+    if mask.shape[1] == 0:
+        return mask.to(dtype)
     kept = mask
     if prompt_length > 0:
         kept = mask * (_positions(mask) >= (_first_token(mask) + prompt_length)[:, None])

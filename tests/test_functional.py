@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -260,6 +261,16 @@ def test_texts_without_tokens_are_zero(backend: str, pooling: str, normalize: bo
 
 
 @backends
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_a_tensor_of_no_tokens_pools_to_zero(backend: str, pooling: str) -> None:
+    states = [[torch.ones(2, 0, 4), torch.ones(3, 5, 4)]] * 2
+    rows = pool_layers(states, [torch.ones(2, 0), torch.ones(3, 5)], pooling=pooling, backend=backend)
+    assert rows.shape == (2, 5, 4)
+    assert not rows[:, :2].any()
+    assert rows[:, 2:].all()
+
+
+@backends
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_bad_numbers_stay_bad(backend: str, bad: float) -> None:
     case = make_case(6, 2, (3, 3), 4, 16, [8, 16])
@@ -460,24 +471,76 @@ def test_several_python_threads_at_once() -> None:
         assert all(map(torch.equal, grads, expected[1]))
 
 
-@pytest.mark.skipif(not COMPILED or not hasattr(os, "fork"), reason="no extension, or no fork")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="torch refuses a backward after a fork that had a GPU's threads")
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def true_in_a_child(check: Callable[[], bool]) -> bool:
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        passed = False
+        try:
+            passed = check()
+        finally:  # whatever happens, the child does not go on with the tests
+            os._exit(0 if passed else 1)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status) == 0
+
+
+def forking(test: Callable[..., None]) -> Callable[..., None]:
+    for mark in (
+        pytest.mark.skipif(not COMPILED or not hasattr(os, "fork"), reason="no extension, or no fork"),
+        pytest.mark.skipif(
+            torch.cuda.is_available(), reason="torch refuses a backward after a fork with a GPU's threads"
+        ),
+        pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),
+    ):
+        test = mark(test)
+    return test
+
+
+@forking
 def test_after_fork() -> None:
     """A child whose parent has a running thread pool computes the same, and does not wait for threads it lacks."""
     torch.set_num_threads(2)
     case = make_case(14, 3, (9, 5), 20, 32, [16, 32])
     expected = case.run("fused", torch.float32)
-    child = os.fork()
-    if child == 0:
-        signal.alarm(30)
-        same = False
-        try:
-            same = torch.equal(case.run("fused", torch.float32)[0], expected[0])
-        finally:  # whatever happens, the child does not go on with the tests
-            os._exit(0 if same else 1)
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
+    assert true_in_a_child(lambda: torch.equal(case.run("fused", torch.float32)[0], expected[0]))
+
+
+@forking
+def test_half_rows_after_fork() -> None:
+    """So many that torch copies them by several threads before the kernel has them."""
+    torch.set_num_threads(2)
+    pooled = torch.randn(1, 1200, 32).bfloat16()
+    arguments = (
+        None,
+        0,
+        torch.ones(1, 1, dtype=torch.float64),
+        torch.zeros(1, dtype=torch.float64),
+        [32],
+        2,
+        20.0,
+        0.3,
+    )
+
+    def loss() -> Tensor:
+        return torch.ops.m2d_ext.pooled_loss(pooled, *arguments, False, 0.0, 0.0, False)[0]
+
+    expected = loss()
+    assert true_in_a_child(lambda: torch.equal(loss(), expected))
+
+
+@forking
+@pytest.mark.parametrize("chosen", [None, 3])
+def test_threads_after_fork(chosen: int | None) -> None:
+    """One, where the child does not choose otherwise."""
+    torch.set_num_threads(2)
+
+    def threads() -> int:
+        if chosen is not None:
+            torch.set_num_threads(chosen)
+        torch.ops.m2d_ext.pool([torch.ones(1, 2, 4)], [torch.ones(1, 2)], None)
+        return torch.get_num_threads()
+
+    assert true_in_a_child(lambda: threads() == (1 if chosen is None else chosen))
 
 
 POOLED_SHAPES = [
@@ -799,7 +862,8 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "dims repeated": ({"dims": [4, 4]}, ValueError, "dims must be .* distinct"),
     "dim of zero": ({"dims": [0, 4]}, ValueError, "dims must be positive"),
     "dim too large": ({"dims": [4, 9]}, ValueError, "dims must not exceed the width 8, got"),
-    "dims not ints": ({"dims": [4.0, 8.0]}, TypeError, "dims must be ints"),
+    "dims not ints": ({"dims": [4.0, 8.0]}, TypeError, "dims must be ints, got 4.0"),
+    "a dim no int": ({"dims": [torch.tensor(4.0), 8]}, TypeError, r"dims must be ints, got tensor\(4.\)"),
     "weights too few": ({"weights": [[1, 1]]}, ValueError, r"weights must have shape \(2, 2\), got rows"),
     "weights ragged": ({"weights": [[1, 1], [1]]}, ValueError, r"weights must have shape \(2, 2\), got rows"),
     "weights not finite": ({"weights": [[1, math.nan], [1, 1]]}, ValueError, "weights must be finite"),
@@ -839,10 +903,13 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "scale must be a number, got a tensor",
     ),
     "scale a word": ({"scale": "big"}, TypeError, "scale must be a number, got 'big'"),
+    "scale a complex number": ({"scale": torch.tensor(1j)}, TypeError, "scale must be a number, got tensor"),
+    "scale too large": ({"scale": 10**400}, ValueError, "scale must be finite, got 1000"),
+    "scale whose inverse is not finite": ({"scale": 1e-310}, ValueError, "scale must be positive and finite"),
     "scale": ({"scale": -1}, ValueError, "scale must be positive and finite, got -1.0"),
     "one column": ({"num_columns": 1}, ValueError, "num_columns must be at least 2"),
     "columns do not divide": ({"num_columns": 3}, ValueError, "num_columns must divide the 4 texts, got 3"),
-    "columns not int": ({"num_columns": 2.0}, TypeError, "num_columns must be an int, got float"),
+    "columns not int": ({"num_columns": 2.0}, TypeError, r"num_columns must be an int, got 2\.0"),
     "no layers": ({"hidden_states": []}, ValueError, "hidden_states must hold at least one layer"),
     "one tensor": ({"hidden_states": torch.randn(2, 4, 3, 8)}, TypeError, "hidden_states must be a sequence"),
     "integer states": ({"hidden_states": [torch.ones(4, 3, 8, dtype=torch.long)] * 2}, TypeError, "float64"),
@@ -903,7 +970,7 @@ BAD_POOLED = {
     "candidate width": ({"candidates": torch.randn(1, 4, 7)}, ValueError, r"candidates must have shape \(1, 'M', 8\)"),
     "candidate dtype": ({"candidates": torch.randn(1, 4, 8).double()}, TypeError, "candidates must have pooled's"),
     "offset": ({"target_offset": 1}, ValueError, r"target_offset must be in 0\.\.0"),
-    "offset not an int": ({"target_offset": 0.0}, TypeError, "target_offset must be an int, got float"),
+    "offset not an int": ({"target_offset": 0.0}, TypeError, r"target_offset must be an int, got 0\.0"),
     "negative offset": ({"target_offset": -1}, ValueError, "target_offset must be in"),
 }
 

@@ -130,6 +130,14 @@ def test_add_pooled_grad(dtype: torch.dtype, packed: bool) -> None:
             assert torch.equal(given, found)
 
 
+def test_a_pass_writes_to_no_lazy_clone() -> None:
+    kept = torch.zeros(4, 3, 8)
+    clone = torch._lazy_clone(kept)
+    torch.ops.m2d_ext.add_pooled_grad_(clone, torch.ones(4, 8), None, torch.ones(4, 3), None)
+    assert torch.equal(clone, torch.ones(4, 3, 8))
+    assert not kept.any()
+
+
 @pytest.mark.parametrize("gathered", [False, True])
 @pytest.mark.parametrize("needs_grad", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -180,10 +188,15 @@ def test_malformed_calls_are_refused() -> None:
     rows = torch.randn(1, 4, 8)
     with pytest.raises(RuntimeError, match="dims must ascend"):
         torch.ops.m2d_ext.pooled_loss(rows, None, 0, *_grid(1, (4, 9)), True)
-    with pytest.raises(RuntimeError, match="target_offset"):
-        torch.ops.m2d_ext.pooled_loss(rows, None, 1, *_grid(1), True)
+    for offset in (1, 2**63 - 2, 2**63 - 1):
+        with pytest.raises(RuntimeError, match="target_offset"):
+            torch.ops.m2d_ext.pooled_loss(rows, None, offset, *_grid(1), True)
+    with pytest.raises(RuntimeError, match=r"^rows must be float64, .* got Long"):
+        torch.ops.m2d_ext.pooled_loss(rows.long(), None, 0, *_grid(1), True)
+    with pytest.raises(RuntimeError, match=r"candidates must be \(L, M, D\), got \[3\]"):
+        torch.ops.m2d_ext.pooled_loss(rows, torch.ones(3), 0, *_grid(1), True)
     hard = _grid(1)._replace(num_columns=3, hardness=1.0)
-    for texts, count, offset in [(3, 3, 0), (6, 4, 1)]:
+    for texts, count, offset in [(3, 3, 0), (6, 4, 1), (6, 8, 2**63 - 1)]:
         rows, candidates = torch.randn(1, texts, 8), torch.randn(1, count, 8)
         with pytest.raises(RuntimeError, match="hardness asks for as many candidates in every column"):
             torch.ops.m2d_ext.pooled_loss(rows, candidates, offset, *hard, True)

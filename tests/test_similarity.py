@@ -158,7 +158,10 @@ def test_logsumexp_is_torch_s(
 @pytest.mark.parametrize("over_rows", [False, True], ids=["columns", "rows"])
 def test_logsumexp_reads_scores_as_they_lie(over_rows: bool) -> None:
     whole, mask = scores_and_mask((2, 3, 5, 12))
-    for view in (whole[..., 2:9], whole[:, 1:, 1:4], whole.mT, whole[:, :, :, ::2], whole[:1].expand(4, -1, -1, -1)):
+    views = (whole[..., 2:9], whole[:, 1:, 1:4], whole.mT, whole[:, :, :, ::2], whole[:1].expand(4, -1, -1, -1))
+    # The stride of a dimension of one element is any, whatever is contiguous.
+    ones = (whole[:1].transpose(0, 1), whole[:, :1], whole[:, :, :1].transpose(1, 2), whole[..., :1].mT)
+    for view in (*views, *ones):
         none = mask.new_zeros(view.shape[-2:])
         found = similarity.masked_logsumexp(view, 4.0, none, over_rows)
         expected = similarity.masked_logsumexp(view.clone(), 4.0, none, over_rows)

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <functional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../checks.h"
@@ -18,7 +19,6 @@ namespace {
 
 template <class Kernel>
 void dispatch_states(at::ScalarType type, const Kernel& kernel) {
-  use_one_thread_after_fork();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, type, "m2d_ext", [&] {
     using Acc = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
     kernel(scalar_t{}, Acc{});
@@ -99,7 +99,7 @@ void add_pooled_grad_inplace_op(const Tensor& grad, const Tensor& pooled_grad,
                                 const Tensor& coefficients,
                                 const std::optional<Tensor>& cu_seqlens) {
   TORCH_CHECK(grad.is_contiguous(), "grad must be contiguous");
-  const PoolProblem problem = read_states({grad}, {coefficients}, cu_seqlens);
+  const PoolProblem problem = read_states({grad}, {coefficients}, cu_seqlens, true);
   const Tensor rows = pooled_grad.contiguous();
   TORCH_CHECK(rows.dim() == 2 && rows.size(0) == problem.params.num_texts &&
                   rows.size(1) == problem.params.dim &&
@@ -144,7 +144,6 @@ std::vector<Tensor> pool_max_backward_op(const Tensor& pooled_grad, const Tensor
 LossOutputs run_loss(const Tensor& pooled, const std::optional<Tensor>& candidates,
                      int64_t target_offset, const LossOptions& options) {
   LossOutputs outputs;
-  use_one_thread_after_fork();
   AT_DISPATCH_FLOATING_TYPES(pooled.scalar_type(), "m2d_ext", [&] {
     auto problem = read_loss<scalar_t>(pooled, candidates, target_offset, options);
     loss<scalar_t>(problem.params, {});
@@ -248,7 +247,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pooled_loss_op(
 
 Tensor nested_cosines_op(const Tensor& a, const Tensor& b, at::IntArrayRef dims, bool pairs) {
   Tensor cosines;
-  use_one_thread_after_fork();
   AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "m2d_ext", [&] {
     const auto problem = read_cosines<scalar_t>(a, b, dims, pairs);
     cosines = at::empty(problem.cosines, a.options().dtype(at::kDouble));
@@ -262,7 +260,6 @@ std::tuple<Tensor, Tensor> nested_cosines_backward_op(const Tensor& grad, const 
                                                       at::IntArrayRef dims, bool pairs,
                                                       bool needs_a, bool needs_b) {
   std::tuple<Tensor, Tensor> grads;
-  use_one_thread_after_fork();
   AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "m2d_ext", [&] {
     const auto problem = read_cosines<scalar_t>(a, b, dims, pairs);
     const auto wanted = allocate_cosine_grads(problem, grad, cosines, needs_a, needs_b);
@@ -274,7 +271,6 @@ std::tuple<Tensor, Tensor> nested_cosines_backward_op(const Tensor& grad, const 
 
 Tensor masked_logsumexp_op(const Tensor& scores, const std::optional<Tensor>& mask, double scale,
                            bool over_rows) {
-  use_one_thread_after_fork();
   const LogSumExpProblem problem = read_scores(scores, mask, scale, over_rows);
   Tensor result = at::empty(problem.result, scores.options());
   masked_logsumexp(problem.params, result.data_ptr<double>());
@@ -284,7 +280,6 @@ Tensor masked_logsumexp_op(const Tensor& scores, const std::optional<Tensor>& ma
 Tensor masked_logsumexp_backward_op(const Tensor& grad, const Tensor& result, const Tensor& scores,
                                     const std::optional<Tensor>& mask, double scale,
                                     bool over_rows) {
-  use_one_thread_after_fork();
   const LogSumExpProblem problem = read_scores(scores, mask, scale, over_rows);
   for (const Tensor& table : {grad, result}) {
     TORCH_CHECK(table.sizes() == problem.result && table.scalar_type() == at::kDouble,
@@ -298,21 +293,34 @@ Tensor masked_logsumexp_backward_op(const Tensor& grad, const Tensor& result, co
   return scores_grad;
 }
 
+// An operator as it is registered: what it reads may already be copied by several threads.
+template <auto op>
+struct AfterFork;
+
+template <class Result, class... Arguments, Result (*op)(Arguments...)>
+struct AfterFork<op> {
+  static Result run(Arguments... arguments) {
+    use_one_thread_after_fork();
+    return op(std::forward<Arguments>(arguments)...);
+  }
+};
+
 }  // namespace
 }  // namespace m2d::cpu
 
 TORCH_LIBRARY_IMPL(m2d_ext, CPU, m) {
-  m.impl("pool", &m2d::cpu::pool_op);
-  m.impl("pool_backward", &m2d::cpu::pool_backward_op);
-  m.impl("add_pooled_grad", &m2d::cpu::add_pooled_grad_op);
-  m.impl("add_pooled_grad_", &m2d::cpu::add_pooled_grad_inplace_op);
-  m.impl("pool_max", &m2d::cpu::pool_max_op);
-  m.impl("pool_max_backward", &m2d::cpu::pool_max_backward_op);
-  m.impl("loss", &m2d::cpu::loss_op);
-  m.impl("loss_and_gradients", &m2d::cpu::loss_and_gradients_op);
-  m.impl("pooled_loss", &m2d::cpu::pooled_loss_op);
-  m.impl("nested_cosines", &m2d::cpu::nested_cosines_op);
-  m.impl("nested_cosines_backward", &m2d::cpu::nested_cosines_backward_op);
-  m.impl("masked_logsumexp", &m2d::cpu::masked_logsumexp_op);
-  m.impl("masked_logsumexp_backward", &m2d::cpu::masked_logsumexp_backward_op);
+  using namespace m2d::cpu;
+  m.impl("pool", &AfterFork<&pool_op>::run);
+  m.impl("pool_backward", &AfterFork<&pool_backward_op>::run);
+  m.impl("add_pooled_grad", &AfterFork<&add_pooled_grad_op>::run);
+  m.impl("add_pooled_grad_", &AfterFork<&add_pooled_grad_inplace_op>::run);
+  m.impl("pool_max", &AfterFork<&pool_max_op>::run);
+  m.impl("pool_max_backward", &AfterFork<&pool_max_backward_op>::run);
+  m.impl("loss", &AfterFork<&loss_op>::run);
+  m.impl("loss_and_gradients", &AfterFork<&loss_and_gradients_op>::run);
+  m.impl("pooled_loss", &AfterFork<&pooled_loss_op>::run);
+  m.impl("nested_cosines", &AfterFork<&nested_cosines_op>::run);
+  m.impl("nested_cosines_backward", &AfterFork<&nested_cosines_backward_op>::run);
+  m.impl("masked_logsumexp", &AfterFork<&masked_logsumexp_op>::run);
+  m.impl("masked_logsumexp_backward", &AfterFork<&masked_logsumexp_backward_op>::run);
 }

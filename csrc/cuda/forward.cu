@@ -313,10 +313,9 @@ cudaError_t launch_loss(const LossParams<float>& params, const LossLaunch& how, 
 }  // namespace
 
 bool fits(const LossParams<float>& p) {
-  // Rows and columns are counted in 32 bits.
-  constexpr int64_t kMost = INT32_MAX / 2;
-  return p.num_layers <= kMaxLayers && p.num_dims <= kMaxDims && p.num_layers * p.dim <= kMost &&
-         p.num_layers * p.num_texts <= kMost && p.num_layers * p.num_candidates <= kMost;
+  return p.num_layers <= kMaxLayers && p.num_dims <= kMaxDims &&
+         p.num_layers * p.dim <= kMostCounted && p.num_layers * p.num_texts <= kMostCounted &&
+         p.num_layers * p.num_candidates <= kMostCounted;
 }
 
 size_t loss_workspace_bytes(const LossParams<float>& params, const LossLaunch& how) {

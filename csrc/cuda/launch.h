@@ -15,6 +15,7 @@ namespace m2d::cuda {
 constexpr int kMaxLayers = 128;
 constexpr int kMaxBlocks = 8;
 constexpr int kMaxDims = 16;
+constexpr int64_t kMostCounted = INT32_MAX / 2;  // rows, columns and widths are counted in 32 bits
 
 enum class StateType { kFloat, kBFloat16, kHalf };
 

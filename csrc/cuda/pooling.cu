@@ -60,7 +60,9 @@ cudaError_t launch_pool(const PoolParams& params, cudaStream_t stream) {
 }  // namespace
 
 bool fits(const PoolParams& p) {
-  if (p.num_layers > kMaxLayers || p.num_blocks > kMaxBlocks) return false;
+  if (p.num_layers > kMaxLayers || p.num_blocks > kMaxBlocks || p.dim > kMostCounted ||
+      p.num_layers * p.num_texts > kMostCounted)
+    return false;
   for (int64_t i = 0; i < p.num_layers * p.num_blocks; ++i) {
     const StateView& first = p.states[i % p.num_blocks];
     if (p.states[i].text_stride != first.text_stride ||
