@@ -122,6 +122,9 @@ def train(
     kl_target: Annotated[
         KLTarget, typer.Option(help="What the last layer teaches: its embeddings, or how it ranks the batch.")
     ] = KLTarget.features,
+    prompts: Annotated[
+        bool, typer.Option(help="Whether to put the model's own prompts for queries and documents in front of texts.")
+    ] = True,
     seed: int = 0,
     heatmap: Annotated[Path | None, typer.Option(help="Draw the grids before and after; needs --eval.")] = None,
     overwrite: Overwrite = False,
@@ -138,6 +141,7 @@ def train(
     if evaluate is not None:
         evaluator = GridEvaluator(_read_rows("--eval", evaluate, "test"), dims=widths, show_progress_bar=False)
     loaded = _load(model)
+    training.to_float32(loaded)
     with _options_named(
         dims="--dims",
         n_layers_per_step="--layers-per-step",
@@ -161,6 +165,7 @@ def train(
             seed=seed,
             show_progress=not as_json,
             overwrite=overwrite,
+            prompts=None if prompts else {},
             n_layers_per_step=layers_per_step,
             n_dims_per_step=dims_per_step,
             mini_batch_size=mini_batch_size,

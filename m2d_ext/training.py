@@ -4,12 +4,13 @@ import importlib.util
 import logging
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
@@ -63,6 +64,7 @@ def train(
     seed: int = 0,
     show_progress: bool = True,
     overwrite: bool = False,
+    prompts: Mapping[str, str] | None = None,
     **options: Any,
 ) -> Trained:
     """Train every layer × dim of a model by in-batch negatives, and save it.
@@ -86,6 +88,8 @@ def train(
         seed: of the order, the dropout and the draws.
         show_progress: whether to show a bar and the losses.
         overwrite: whether a model in the output folder is replaced.
+        prompts: in front of the texts, by column. None: the model's own, as ``encode_query`` puts them in front of
+            anchors and ``encode_document`` in front of all others.
         options: of ``m2d_ext.Matryoshka2dLoss``; without any all layers × all dims are trained.
 
     Returns:
@@ -99,6 +103,7 @@ def train(
     """
     _check_installed()
     _check_numbers(epochs, steps, batch_size, learning_rate, warmup_ratio)
+    _check_float32(model)
     check_folder("output", output, overwrite)
     rows = _rows_of(data, batch_size)
     loss = _loss_of(model, dims, {"n_layers_per_step": -1, "n_dims_per_step": -1} | options)
@@ -118,6 +123,7 @@ def train(
                 warmup_ratio=warmup_ratio,
                 seed=seed,
                 show_progress=show_progress,
+                prompts=prompts_of(model, rows.column_names) if prompts is None else prompts,
             )
         model.save_pretrained(str(folder))
     with limited_length(model, max_length):
@@ -139,6 +145,7 @@ def fit(
     seed: int = 0,
     show_progress: bool = True,
     callbacks: Sequence[TrainerCallback] = (),
+    prompts: Mapping[str, str] | None = None,
 ) -> float:
     """``train`` with any loss, and without saving.
 
@@ -155,16 +162,19 @@ def fit(
         seed: as there.
         show_progress: as there.
         callbacks: of the Trainer.
+        prompts: in front of the texts, by column; None: none.
 
     Returns:
         The mean training loss.
 
     Raises:
         ImportError: no accelerate or no datasets.
-        ValueError: a number out of its range; not one batch of rows that share no text, so that nothing was trained.
+        ValueError: a number out of its range; parameters of a half type, which AdamW ruins; not one batch of rows that
+            share no text, so that nothing was trained.
     """
     _check_installed()
     _check_numbers(epochs, steps, batch_size, learning_rate, warmup_ratio)
+    _check_float32(model)
     total = steps if steps is not None else round(epochs * (len(data) // batch_size))
     trainer = SentenceTransformerTrainer(
         model=model,
@@ -184,6 +194,7 @@ def fit(
             save_strategy="no",
             report_to="none",
             seed=seed,
+            prompts=dict(prompts or {}) or None,
             disable_tqdm=not show_progress,
             use_cpu=model.device.type == "cpu",
         ),
@@ -196,6 +207,41 @@ def fit(
     mean = float(trainer.train().training_loss)
     _check_steps(trainer.state.global_step, trainer.state.max_steps, batch_size)
     return mean
+
+
+def to_float32(model: SentenceTransformer) -> None:
+    """Widen parameters of half types, as a stored model may have them, with a warning."""
+    dtype = _half_type(model)
+    if dtype is not None:
+        logger.warning("The model's parameters are %s: it is trained and saved in float32.", dtype)
+        model.float()
+
+
+def _half_type(model: SentenceTransformer) -> torch.dtype | None:
+    """Of the parameters that are trained."""
+    dtypes = (parameter.dtype for parameter in model.parameters() if parameter.requires_grad)
+    return next((dtype for dtype in dtypes if dtype in (torch.float16, torch.bfloat16)), None)
+
+
+def _check_float32(model: SentenceTransformer) -> None:
+    """A step of AdamW is smaller than what half types resolve, and its second moments underflow in float16."""
+    dtype = _half_type(model)
+    if dtype is not None:
+        raise ValueError(
+            f"model must have parameters of float32 to be trained, got {dtype}: model.float() widens them"
+        )
+
+
+def prompts_of(model: SentenceTransformer, columns: Sequence[str]) -> dict[str, str]:
+    """What ``encode_query`` puts in front of anchors, and ``encode_document`` in front of all other columns' texts."""
+    default = model.prompts.get(model.default_prompt_name or "", "")
+
+    def of(*names: str) -> str:
+        return next((model.prompts[name] for name in names if name in model.prompts), default)
+
+    query, document = of("query"), of("document", "passage", "corpus")
+    prompts = {column: query if column == "anchor" else document for column in columns}
+    return {column: prompt for column, prompt in prompts.items() if prompt}
 
 
 @contextmanager
@@ -211,8 +257,7 @@ def limited_length(model: SentenceTransformer, tokens: int | None) -> Iterator[N
         return
     if not isinstance(tokens, int) or isinstance(tokens, bool):
         raise TypeError(f"max_length must be an int or None, got {type(tokens).__name__}")
-    positions = getattr(model[0].auto_model.config, "max_position_embeddings", None)
-    most = positions if isinstance(positions, int) and positions > 0 else math.inf
+    most = _num_positions(model[0].auto_model)
     if not 1 <= tokens <= most:
         raise ValueError(f"max_length must be from 1 to {most} for this model, got {tokens}")
     before = model.max_seq_length
@@ -228,6 +273,19 @@ def limited_length(model: SentenceTransformer, tokens: int | None) -> Iterator[N
             backend.enable_truncation(**truncation)
         elif backend is not None:
             backend.no_truncation()
+
+
+def _num_positions(encoder: Any) -> float:
+    """Of the longest text. RoBERTa's kind counts them from behind the one of padding."""
+    positions = getattr(encoder.config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions <= 0:
+        return math.inf
+    paddings = [
+        module.padding_idx
+        for name, module in encoder.named_modules()
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None
+    ]
+    return positions - max(paddings, default=-1) - 1
 
 
 def _rows_of(data: Any, batch_size: int) -> Any:

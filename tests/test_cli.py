@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
@@ -196,6 +197,57 @@ def test_train_takes_every_negative(run: Run, model: Path, tmp_path: Path) -> No
     assert loss(2) < loss(3) < loss(4) == loss(5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_stored_in_a_half_type_is_trained_in_float32(
+    run: Run, pairs: Path, tmp_path: Path, dtype: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
+    half = tiny_model(num_layers=LAYERS, normalize=True).eval().to(dtype)
+    half.save_pretrained(str(tmp_path / "half"))
+    options = ["--data", pairs, "--steps", 2, "--batch-size", 8, "--json"]
+    losses = []
+    half.float().save_pretrained(str(tmp_path / "float"))
+    for name in ("half", "float"):
+        code, out, _ = run("train", tmp_path / name, tmp_path / "out" / name, *options)
+        assert code == 0
+        losses.append(json.loads(out)["training_loss"])
+    assert losses[0] == losses[1]
+    assert f"parameters are {dtype}: it is trained and saved in float32" in caplog.text
+    assert next(SentenceTransformer(str(tmp_path / "out" / "half"), device="cpu").parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("training_of", [training.train, training.fit])
+def test_parameters_of_half_types_are_not_trained(training_of: Any, tmp_path: Path) -> None:
+    model = tiny_model().bfloat16()
+    rows = [{"anchor": f"w{i}", "positive": f"w{i} w1"} for i in range(4)]
+    arguments = (rows,) if training_of is training.train else (torch.nn.Identity(), rows)
+    with pytest.raises(ValueError, match=r"model must have parameters of float32 to be trained, got torch.bfloat16"):
+        training_of(model, *arguments, tmp_path / "out", batch_size=4)
+
+
+def test_training_has_the_models_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, str | None]] = []
+    model = tiny_model()
+    preprocess = model.preprocess
+
+    def watched(texts: Any, prompt: str | None = None, **options: Any) -> Any:
+        seen.extend((text, prompt) for text in texts)
+        return preprocess(texts, prompt=prompt, **options)
+
+    model.preprocess = watched  # type: ignore[method-assign]
+    rows = [{"anchor": f"w{i}", "positive": f"w{i} w1", "negative_1": f"w{i} w2"} for i in range(4)]
+    model.prompts = {"query": "w90 ", "passage": "w91 "}
+    of_columns = {"anchor": "w90 ", "positive": "w91 ", "negative_1": "w91 "}
+    for number, (given, expected) in enumerate(
+        [(None, of_columns), ({}, {}), ({"anchor": "w92 "}, {"anchor": "w92 "})]
+    ):
+        seen.clear()
+        training.train(model, rows, tmp_path / str(number), steps=1, batch_size=4, prompts=given, show_progress=False)
+        wanted = {(text, expected[column]) for row in rows for column, text in row.items() if column in expected}
+        assert {(text, prompt) for text, prompt in seen if prompt} == wanted  # the model card counts tokens without
+    model.prompts, model.default_prompt_name = {"query": "", "all": "w93 "}, "all"
+    assert training.prompts_of(model, ["anchor", "positive"]) == {"positive": "w93 "}
+
+
 def test_choose_profiles_a_model(run: Run, model: Path, data: Path, tmp_path: Path) -> None:
     assert run("grid", model, "--data", data, "--layers", "3", "--output", tmp_path / "grid.json")[0] == 0
     code, out, _ = run("choose", tmp_path / "grid.json", "--model", model, "--json")
@@ -237,6 +289,18 @@ def test_a_limit_is_taken_back(encodes_before: bool) -> None:
         assert model.encode("w1 w2 w3 w4").tolist() == rows[1].tolist()
     assert (model.max_seq_length, model.tokenizer.backend_tokenizer.truncation) == before
     assert model.encode("w1 w2 w3 w4").tolist() == rows[0].tolist()
+
+
+@pytest.mark.parametrize("architecture", ["bert", "mpnet", "roberta", "modernbert"])
+def test_the_longest_limit_is_one(architecture: str) -> None:
+    """Positions of RoBERTa's kind begin behind the one of padding."""
+    model = tiny_model(architecture)
+    with pytest.raises(ValueError, match="max_length must be from 1 to") as error:
+        training.limited_length(model, 1000).__enter__()
+    most = int(re.findall(r"from 1 to (\d+)", str(error.value))[0])
+    with training.limited_length(model, most):
+        assert model.encode(" ".join(["w1"] * 200)).shape == (32,)
+    assert most == {"roberta": 65}.get(architecture, 64)
 
 
 def test_options_of_the_loss(run: Run, model: Path, pairs: Path, tmp_path: Path, monkeypatch) -> None:

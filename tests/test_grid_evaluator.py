@@ -223,7 +223,39 @@ def test_each_text_is_encoded_once() -> None:
     texts = [*TEXTS[:20], *TEXTS[:20]]
     m2d_ext.GridEvaluator(EmbeddingSimilarityEvaluator(texts[:20], texts[20:], SCORES)).grid(model)
     m2d_ext.GridEvaluator(retrieval(corpus_chunk_size=5)).grid(model)
+    seen = [text for text in seen if text != "word"]  # which the checks of a model encode
     assert sorted(seen) == sorted([*set(TEXTS[:20]), *TEXTS[:8], *TEXTS[8:]])
+
+
+def test_states_that_are_no_layers_outputs_are_refused() -> None:
+    """Mamba's are what goes into each layer."""
+    with pytest.raises(ValueError, match="state 2 of MambaModel is not what its first 2 layers give"):
+        m2d_ext.GridEvaluator(EVALUATORS["similarity"]()).grid(tiny_model("mamba"))
+
+
+def test_fewer_layers_than_the_architecture_can_have_are_left_out() -> None:
+    grid = m2d_ext.GridEvaluator(EVALUATORS["similarity"](), dims=DIMS).grid(tiny_model("deberta"))
+    assert grid.layers == [1, 2, 3]
+
+
+def test_the_metric_is_the_whole_models() -> None:
+    """An evaluator with several score functions names the best of the model it is given; a grid has one for all."""
+    model = tiny_model(num_layers=LAYERS)
+    evaluator = m2d_ext.GridEvaluator(EVALUATORS["similarities"](), dims=DIMS)
+    chosen = {1: "spearman_dot", LAYERS: "spearman_euclidean"}
+
+    class Choosing(EmbeddingSimilarityEvaluator):
+        def __call__(self, cell: Any, *arguments: Any) -> dict[str, float]:
+            metrics = super().__call__(cell, *arguments)
+            self.primary_metric = chosen.get(cell._place, "spearman_cosine")
+            return metrics
+
+    evaluator.evaluator.__class__ = Choosing
+    assert evaluator.grid(model).metric == "spearman_euclidean"
+    assert m2d_ext.GridEvaluator(evaluator.evaluator, layers=[LAYERS, 0]).grid(model).metric == "spearman_cosine"
+    # A Trainer's metric_for_best_model keeps its name.
+    chosen[LAYERS] = "spearman_dot"
+    assert evaluator.grid(model).metric == "spearman_euclidean"
 
 
 def test_metrics_and_the_primary_one(tmp_path: Path) -> None:

@@ -248,6 +248,28 @@ def test_the_trainer_logs_cells(tmp_path: Any) -> None:
     assert sum(cells.values()) == pytest.approx(logs["loss"], rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"n_layers_per_step": 2}, {"n_dims_per_step": -1}, {"layers": [1, 3]}], ids=str
+)
+def test_every_step_logs_the_same_cells(options: dict[str, Any]) -> None:
+    """Processes whose draws differ, and Trainers gather by order."""
+    model = tiny_model(num_layers=LAYERS).double()
+    loss = loss_2d(model, log_cells=True, **options)
+    names: set[tuple[str, ...]] = set()
+    drawn = []
+    for seed in range(8):
+        random.seed(seed)
+        parts = loss(columns_of(model), None)
+        names.add(tuple(parts))
+        drawn.append(tuple(name for name, part in parts.items() if part != 0))
+        random.seed(seed)
+        torch.testing.assert_close(sum(parts.values()), loss_2d(model, **options)(columns_of(model), None))
+    assert len(names) == 1
+    assert len(set(drawn)) > 1
+    layers = 2 if "layers" in options else LAYERS
+    assert len(names.pop()) == len(DIMS) * (layers + 1) + layers
+
+
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"layers": []}, ValueError, "layers must hold at least one"),
     ({"layers": [1, 1]}, ValueError, "layers must be distinct"),

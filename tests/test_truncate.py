@@ -15,12 +15,13 @@ import torch
 from huggingface_hub import RepoCard
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
-from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding, WeightedLayerPooling
 from torch import Tensor
 from torch.nn import functional as F
 
 import m2d_ext
 from m2d_ext.architecture import final_norm
+from m2d_ext.inference.truncate import layer_view
 from tiny_models import CONFIGS, HIDDEN, MORE_CONFIGS, sentence, tiny_model, tiny_tokenizer
 
 LAYERS = 4
@@ -214,6 +215,50 @@ def test_bad_numbers(options: dict[str, Any], error: type[Exception], message: s
         m2d_ext.truncate_model(tiny_model(num_layers=LAYERS), **options)
 
 
+def test_what_a_configuration_lists_per_layer(tmp_path: Path) -> None:
+    cut = m2d_ext.truncate_model(tiny_model("longformer", num_layers=LAYERS).eval(), 2)
+    assert cut[0].auto_model.config.attention_window == [4, 4]
+    cut.save_pretrained(str(tmp_path))
+    assert torch.equal(encode(SentenceTransformer(str(tmp_path), device="cpu")), encode(cut))
+
+
+def test_what_cannot_be_cut_is_refused() -> None:
+    for architecture, layers, reason in (
+        ("deberta", 0, "it could not be run: "),
+        ("esm", 2, "it could not be loaded again: its configuration asks for a contact_head.regression.weight"),
+    ):
+        model = tiny_model(architecture)
+        with pytest.raises(ValueError, match=f"cannot be cut to {layers} layers: {reason}"):
+            m2d_ext.truncate_model(model, layers)
+    assert m2d_ext.truncate_model(tiny_model("deberta"), 1).training
+    encoder = tiny_model()[0]
+    encoder.auto_model.config.output_hidden_states = True
+    modules = [encoder, WeightedLayerPooling(HIDDEN, num_hidden_layers=3, layer_start=1), Pooling(HIDDEN)]
+    with pytest.raises(ValueError, match="cannot be cut to 2 layers: it could not be run: The expanded size"):
+        m2d_ext.truncate_model(SentenceTransformer(modules=modules, device="cpu"), 2)
+
+
+def test_module_names_with_a_gap() -> None:
+    """As where one was taken out of modules.json."""
+    model = tiny_model(normalize=True)
+    normalize = model._modules.pop("2")
+    model.add_module("3", normalize)
+    cut = m2d_ext.truncate_model(model, 2, 16)
+    assert [type(module).__name__ for module in cut.children()] == ["Transformer", "Pooling", "Dense", "Normalize"]
+    assert encode(cut).shape[1] == 16
+
+
+def test_a_view_has_the_models_own_parameters() -> None:
+    model = tiny_model(num_layers=LAYERS).eval()
+    view = layer_view(model, 2)
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+    assert {parameter.data_ptr() for parameter in view.parameters()} < own
+    assert torch.equal(encode(view), encode(m2d_ext.truncate_model(model, 2)))
+    view.train()
+    assert not any(module.training for module in model.modules())
+    assert len(model[0].auto_model.encoder.layer) == LAYERS
+
+
 def test_bad_models() -> None:
     with pytest.raises(TypeError, match="model must be a SentenceTransformer, got Linear"):
         m2d_ext.truncate_model(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
@@ -224,7 +269,7 @@ def test_bad_models() -> None:
         m2d_ext.truncate_model(torch.compile(tiny_model()))  # type: ignore[arg-type]
     model = tiny_model()
     model.add_adapter(peft.LoraConfig(target_modules=["query"], r=2))
-    with pytest.raises(ValueError, match="must have no adapters: merge them first"):
+    with pytest.raises(ValueError, match=r"must have no adapters: load it without them, and then model\[0\].model = "):
         m2d_ext.truncate_model(model, 2)
     model = tiny_model()
     model[0].auto_model.encoder.layer = torch.nn.ModuleList([*model[0].auto_model.encoder.layer, torch.nn.Identity()])

@@ -249,7 +249,35 @@ def funnel_config(hidden: int, num_layers: int, dropout: float) -> PretrainedCon
 # Whose later states have fewer tokens.
 SHORTENING_CONFIGS = {"funnel": funnel_config}
 
-ALL_CONFIGS = CONFIGS | MORE_CONFIGS | PADDING_CONFIGS | SHORTENING_CONFIGS
+
+def longformer_config(hidden: int, num_layers: int, dropout: float) -> PretrainedConfig:
+    sizes = _encoder_sizes(hidden, num_layers) | {"attention_window": [4] * num_layers}
+    return transformers.LongformerConfig(**sizes, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
+
+
+def deberta_config(hidden: int, num_layers: int, dropout: float) -> PretrainedConfig:
+    sizes = _encoder_sizes(hidden, num_layers)
+    relative = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 8}
+    dropouts = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    return transformers.DebertaV2Config(**sizes, **relative, **dropouts)
+
+
+def esm_config(hidden: int, num_layers: int, dropout: float) -> PretrainedConfig:
+    sizes = _encoder_sizes(hidden, num_layers)
+    return transformers.EsmConfig(**sizes, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
+
+
+def mamba_config(hidden: int, num_layers: int, dropout: float) -> PretrainedConfig:
+    del dropout  # it has none
+    return transformers.MambaConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=hidden, num_hidden_layers=num_layers, pad_token_id=0
+    )
+
+
+# What cannot be cut to every number of layers, or whose hidden states are not what a cut model returns.
+CUT_CONFIGS = {"longformer": longformer_config, "deberta": deberta_config, "esm": esm_config, "mamba": mamba_config}
+
+ALL_CONFIGS = CONFIGS | MORE_CONFIGS | PADDING_CONFIGS | SHORTENING_CONFIGS | CUT_CONFIGS
 
 
 @functools.cache

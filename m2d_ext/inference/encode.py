@@ -9,11 +9,12 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..architecture import final_norm
 from ..losses.embed import Features, pool_all_layers, pooling_of, replaced_forward, replaced_forwards, returned_states
 from ..losses.pipeline import why_not_model
-from .truncate import fewest_layers, find_layers
+from .truncate import fewest_layers, find_layers, layer_view
 
 
 class AllLayers:
@@ -27,7 +28,8 @@ class AllLayers:
             there does.
 
     Raises:
-        ValueError: another pipeline; layers that the model does not have.
+        ValueError: another pipeline; layers that the model does not have; hidden states that are not those of the
+            model cut there.
     """
 
     def __init__(
@@ -38,7 +40,7 @@ class AllLayers:
             raise ValueError(f"model must be a Transformer, a Pooling and modules that work on rows, but {reason}")
         _, encoder_layers = find_layers(model[0].auto_model)
         count = len(encoder_layers)
-        layers = range(fewest_layers(model[0].auto_model), count + 1) if layers is None else layers
+        layers = range(fewest_layers(model), count + 1) if layers is None else layers
         if len(layers) == 0 or any(not 0 <= layer <= count for layer in layers) or len(set(layers)) < len(layers):
             raise ValueError(f"layers must be distinct and from 0 to {count} for this model, got {list(layers)}")
         self.model: Any = model
@@ -47,6 +49,29 @@ class AllLayers:
         self._norm: nn.Module | None = final_norm(model[0]) if apply_norm else None
         # The final layer comes last and in any case.
         self._places = [self._earlier.index(layer) if layer < count else len(self._earlier) for layer in layers]
+        if apply_norm:
+            self._check_states()
+
+    def _check_states(self) -> None:
+        """The last of the earlier hidden states is what the model cut there returns: Mamba's are counted otherwise."""
+        if not self._earlier:
+            return
+        layer = self._earlier[-1]
+        try:
+            cut = layer_view(self.model, layer)
+        except ValueError:  # who wants to cut there is told then
+            return
+        with cut.truncate_embeddings(None):
+            expected = torch.from_numpy(cut.encode(["word"], show_progress_bar=False))[0]
+        found = self.encode(["word"], show_progress_bar=False)[0, self.layers.index(layer), : len(expected)]
+        if self.normalizes:
+            found = F.normalize(found, dim=-1)
+        error = (found - expected).norm() / expected.norm()
+        if error > torch.finfo(cut.dtype).eps ** 0.5:
+            raise ValueError(
+                f"model must have hidden states that are its layers' outputs, but state {layer} of "
+                f"{type(cut[0].auto_model).__name__} is not what its first {layer} layers give"
+            )
 
     @property
     def normalizes(self) -> bool:

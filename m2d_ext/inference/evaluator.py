@@ -37,8 +37,9 @@ class GridEvaluator(BaseEvaluator):
     """Evaluates every layer × dim cell of a model; each text is encoded once, whatever the number of cells.
 
     A cell (l, d) is the model cut to its first l layers and d dimensions
-    (``m2d_ext.truncate_model``), and its score is what the evaluator says of that model. Of a corpus no more than
-    a chunk's rows are in memory at a time (``InformationRetrievalEvaluator.corpus_chunk_size``).
+    (``m2d_ext.truncate_model``), and its score is what the evaluator says of that model. Of the corpus of an
+    ``InformationRetrievalEvaluator`` no more than a chunk's rows are in memory at a time (its ``corpus_chunk_size``);
+    of one inside another evaluator, and of all other texts, the rows of all layers are.
 
     Args:
         evaluator_or_data: a sentence-transformers evaluator of embeddings: similarity, triplets, binary
@@ -50,7 +51,7 @@ class GridEvaluator(BaseEvaluator):
         layers: numbers of layers to keep; None: 0, where the architecture can be without, up to all: those of a
             ``profile``.
         dims: numbers of dimensions to keep; None: as many as the model returns, and its halves down to 32.
-        metric: which of the evaluator's; None: its primary one.
+        metric: which of the evaluator's; None: its primary one, of the largest cell at the first call.
         primary: what ``primary_metric`` names, by which a Trainer picks its best model: "last" is the whole model,
             "mean" the mean of the grid's cells that have a score, (layer, dim) one cell.
         final_norm: "apply" gives the earlier layers the encoder's final norm, if it has one, as a cut model does;
@@ -104,6 +105,7 @@ class GridEvaluator(BaseEvaluator):
         self.write_plots = write_plots
         self.csv_file = self._file("evaluation", "csv")
         self._has_warned = False
+        self._seen_metric: str | None = None
         self._encoding = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
 
     def __call__(
@@ -163,7 +165,8 @@ class GridEvaluator(BaseEvaluator):
             results = list(_retrieve(self.evaluator, rows, cells))
         else:
             results = [[_evaluated(self.evaluator, cell) for cell in row] for row in cells]
-        metric = self._metric_of(results[0][0])
+        whole = results[encoder.layers.index(max(encoder.layers))][list(dims).index(max(dims))]
+        metric = self._metric_of(whole)
         grid = Grid(
             layers=encoder.layers,
             dims=list(dims),
@@ -174,7 +177,7 @@ class GridEvaluator(BaseEvaluator):
             name=self.name,
             extra={
                 other: [[cell[other] for cell in row] for row in results]
-                for other in results[0][0]
+                for other in whole
                 if other not in (metric, PRIMARY)
             },
         )
@@ -201,7 +204,10 @@ class GridEvaluator(BaseEvaluator):
             )
 
     def _metric_of(self, metrics: Mapping[str, Any]) -> str:
-        metric = self.metric or metrics[PRIMARY]
+        # Which of several score functions is best may change from one evaluation of a training to the next.
+        if self._seen_metric not in metrics:
+            self._seen_metric = metrics[PRIMARY]
+        metric = self.metric or self._seen_metric
         if metric not in metrics or metric == PRIMARY:
             known = ", ".join(name for name in metrics if name != PRIMARY)
             raise ValueError(f"metric must be one of {known}, got {metric!r}")

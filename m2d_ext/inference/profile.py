@@ -16,7 +16,7 @@ from sentence_transformers import SentenceTransformer
 from . import fields
 from .grid import check_axis
 from .memory import PeakMemory
-from .truncate import fewest_layers, find_layers, truncate_model
+from .truncate import fewest_layers, find_layers, layer_view
 
 DEFAULT_WORDS = 64
 DEFAULT_TEXTS = 128
@@ -136,9 +136,8 @@ def profile(
 
 def _cut_models(model: SentenceTransformer, layers: Sequence[int] | None) -> dict[int, SentenceTransformer]:
     if layers is None:
-        encoder = model[0].auto_model
-        layers = range(fewest_layers(encoder), len(find_layers(encoder)[1]) + 1)
-    return {number: truncate_model(model, number).eval() for number in layers}
+        layers = range(fewest_layers(model), len(find_layers(model[0].auto_model)[1]) + 1)
+    return {number: layer_view(model, number).eval() for number in layers}
 
 
 def _peak_of(model: SentenceTransformer) -> Callable[[], int | None]:

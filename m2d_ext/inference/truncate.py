@@ -1,7 +1,9 @@
 """Cut a model to its first layers and dimensions, into a plain SentenceTransformer."""
 
 import copy
+import itertools
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import nn
 logger = logging.getLogger("m2d_ext")
 
 CUT_KEY = "m2d_ext_cut"  # of the encoder's configuration
+PER_LAYER = ("layer", "mlp_layer", "attention_window")  # what configurations list per layer starts with one of these
 
 
 def truncate_model(
@@ -38,28 +41,53 @@ def truncate_model(
 
     Raises:
         TypeError: not a SentenceTransformer, or numbers that are not ints.
-        ValueError: more layers or dims than there are; fewer layers than the architecture can have; an encoder whose
-            layers are not one list as long as its configuration says; one that is compiled, or has adapters.
+        ValueError: more layers or dims than there are; fewer layers than the architecture can have, or modules after
+            it that need all; an encoder whose layers are not one list as long as its configuration says; one that is
+            compiled, or has adapters.
+    """
+    return _truncated(model, num_layers, dim, {})
+
+
+def layer_view(model: SentenceTransformer, num_layers: int) -> SentenceTransformer:
+    """``truncate_model`` without the memory: the model cut to its first layers, with its own parameters.
+
+    Raises:
+        TypeError, ValueError: as ``truncate_model``.
     """
     _check_model(model)
-    encoder = model[0].auto_model
-    name, layers = find_layers(encoder)
+    shared = (*model.parameters(), *model.buffers(), model.tokenizer)
+    return _truncated(model, num_layers, None, {id(each): each for each in shared})
+
+
+def _truncated(
+    model: SentenceTransformer, num_layers: int | None, dim: int | None, shared: dict[int, Any]
+) -> SentenceTransformer:
+    """``truncate_model``, with what is ``shared``, by its id."""
+    _check_model(model)
+    name, layers = find_layers(model[0].auto_model)
     num_layers = _check_count("num_layers", num_layers, len(layers), least=0)
     width = full_width(model)
     dim = _check_count("dim", dim, min(width, model.truncate_dim or width), least=1)
     # What is cut off is not even copied: deepcopy takes these layers for copied already, to None.
-    memo: dict[int, Any] = {id(layer): None for layer in list(layers)[num_layers:]}
-    cut: SentenceTransformer = copy.deepcopy(model, memo)
+    dropped: dict[int, Any] = {id(layer): None for layer in list(layers)[num_layers:]}
+    cut: SentenceTransformer = copy.deepcopy(model, shared | dropped)
     _cut_layers(cut[0].auto_model, name, num_layers, len(layers))
     if dim < width:
         _cut_dims(cut, dim, width)
     cut[0].auto_model.config.update(
         {CUT_KEY: {"num_layers": num_layers, "of_layers": len(layers), "dim": dim, "of_dims": width}}
     )
-    error = _load_error(cut[0].auto_model.config)
-    if error is not None:
-        name = type(cut[0].auto_model).__name__
-        raise ValueError(f"{name} cannot be cut to {num_layers} layers: it could not be loaded again") from error
+    for what, check in (
+        ("loaded again", _check_loads),
+        ("run", partial(_check_encodes, dim=dim if dim < width else None)),
+    ):
+        try:
+            check(cut)
+        except Exception as error:
+            name, reason = type(cut[0].auto_model).__name__, (str(error).splitlines() or [""])[0]
+            raise ValueError(
+                f"{name} cannot be cut to {num_layers} layers: it could not be {what}: {reason}"
+            ) from error
     _describe(cut, model, num_layers, len(layers), dim, width)
     return cut
 
@@ -82,11 +110,13 @@ def count_layers(encoder: Any) -> int:
     return int(_text_config(encoder.config).num_hidden_layers)
 
 
-def fewest_layers(encoder: Any) -> int:
-    """How few layers an encoder can be cut to: 0, or 1 where its configuration cannot be without."""
-    config = copy.deepcopy(encoder.config)
-    _cut_config(_text_config(config), 0, count_layers(encoder))
-    return 0 if _load_error(config) is None else 1
+def fewest_layers(model: SentenceTransformer) -> int:
+    """How few layers a model can be cut to: 0, or 1 where its architecture cannot be without."""
+    try:
+        layer_view(model, 0)
+    except ValueError:
+        return 1
+    return 0
 
 
 def find_layers(encoder: Any) -> tuple[str, nn.ModuleList]:
@@ -120,8 +150,13 @@ def _check_model(model: Any) -> None:
     encoder = model[0].auto_model
     if hasattr(encoder, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
         raise ValueError("model must not be compiled: cut it first, and compile what comes out")
+    if hasattr(encoder, "merge_and_unload"):
+        raise ValueError("model must have no adapters: model[0].model = model[0].model.merge_and_unload() merges them")
     if hasattr(encoder, "peft_config"):
-        raise ValueError("model must have no adapters: merge them first (merge_and_unload)")
+        raise ValueError(
+            "model must have no adapters: load it without them, and then model[0].model = "
+            "peft.PeftModel.from_pretrained(model[0].model, ADAPTERS).merge_and_unload() merges those of a folder"
+        )
 
 
 def _check_count(name: str, count: int | None, most: int, least: int) -> int:
@@ -157,20 +192,38 @@ def _cut_config(config: Any, num_layers: int, of_layers: int) -> None:
     lists = {
         name: value[:num_layers]
         for name, value in vars(config).items()
-        if isinstance(value, list | tuple) and len(value) == of_layers and name.startswith(("layer", "mlp_layer"))
+        if isinstance(value, list | tuple) and len(value) == of_layers and name.startswith(PER_LAYER)
     }
     config.num_hidden_layers = num_layers
     for name, value in lists.items():
         setattr(config, name, value)
 
 
-def _load_error(config: Any) -> Exception | None:
-    """Some configurations cannot be without layers. What they raise is their own."""
+def _check_loads(model: SentenceTransformer) -> None:
+    """An encoder of the cut configuration has the parameters that are left.
+
+    Some configurations cannot be without layers, or want lists of another length. What they raise is their own.
+    """
+    encoder: Any = model[0].auto_model
+    config = type(encoder.config).from_dict(encoder.config.to_dict())
+    with torch.device("meta"):
+        expected = {name: weight.shape for name, weight in type(encoder)(config).named_parameters()}
+    for name, weight in encoder.named_parameters():
+        if weight.is_floating_point() and weight.shape != expected.get(name, weight.shape):
+            shapes = f"{tuple(expected[name])}, not {tuple(weight.shape)}"
+            raise ValueError(f"its configuration asks for a {name} of shape {shapes}")
+
+
+def _check_encodes(model: SentenceTransformer, dim: int | None) -> None:
+    """A word has a row, and of that width where one is given."""
+    modes = [(module, module.training) for module in model.modules()]
     try:
-        type(config).from_dict(config.to_dict())
-    except Exception as error:
-        return error
-    return None
+        rows: Any = model.encode(["word"], show_progress_bar=False)
+    finally:
+        for module, training in modes:
+            module.training = training
+    if dim is not None and rows.shape[1] != dim:
+        raise ValueError(f"its rows have {rows.shape[1]} dimensions, not {dim}")
 
 
 def _cut_dims(model: SentenceTransformer, dim: int, width: int) -> None:
@@ -187,9 +240,9 @@ def _cut_dims(model: SentenceTransformer, dim: int, width: int) -> None:
     first.to(device=parameter.device, dtype=parameter.dtype).train(model.training)
     # In between: rows that are cut after they were normalised are shorter than 1.
     normalize = modules[-1]
-    name = list(dict(model.named_children()))[-1]
-    setattr(model, name, first)
-    model.add_module(str(len(modules)), normalize)
+    names = list(dict(model.named_children()))
+    setattr(model, names[-1], first)
+    model.add_module(next(name for name in map(str, itertools.count(len(names))) if name not in names), normalize)
 
 
 def _describe(

@@ -71,7 +71,8 @@ class AdaptiveLayerLoss(nn.Module):
             cut to fewer layers applies it, so that this trains what will be served. "skip": as sentence-transformers.
         log_cells: return a dict of the weighted losses of all cells and KLs, which a Trainer adds up and logs as means
             over all steps: one that does not draw a cell counts as 0 there. Not in the reference loop, which returns
-            their sum alone.
+            their sum alone. In several processes a Trainer with several losses needs the same of all of them: it
+            gathers the figures of one process beside those of another.
         deferred: whether the earlier layers' gradients are added where autograd brings those layers' own, which takes
             less memory and time for the same values; wherever that cannot be, they are dense all the same.
         mini_batch_size: embed so many texts of a column at a time, twice, and keep the activations of no more
@@ -276,7 +277,10 @@ class AdaptiveLayerLoss(nn.Module):
         )
         result = step.run(features, labels)
         self._seen_states = (encoder, result.num_states)
-        return result.components("layer_{}_dim_{}", "layer_{}_kl") if self.log_cells else result.loss
+        if not self.log_cells:
+            return result.loss
+        every = self._every_draw(result.num_states)
+        return result.components(every, self._cells(every, result.cells.dims[-1]))
 
     def _norm(self, model: Any) -> nn.Module | None:
         """What the earlier hidden states pass through before they are pooled."""
@@ -316,6 +320,14 @@ class AdaptiveLayerLoss(nn.Module):
             dims = self._draw_dims(layer)
             draw[layer] = Drawn(dims, read_layer_weight(self.get_layer_weight(layer)))
         return draw
+
+    def _every_draw(self, num_states: int) -> Draw:
+        """All that steps may draw between them."""
+        num_dims = len(self.loss.matryoshka_dims) if isinstance(self.loss, MatryoshkaLoss) else 1
+        if self.pairs is not None:
+            return {layer: Drawn(self.pairs.get(layer, ()), 1.0) for layer in {*self.pairs, num_states - 1}}
+        layers = range(num_states) if self.layers is None else [*self.layers, num_states - 1]
+        return {layer: Drawn(range(num_dims), 1.0) for layer in layers}
 
     def _draw_dims(self, layer: int) -> Sequence[int]:
         if self.pairs is not None:

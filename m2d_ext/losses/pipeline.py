@@ -23,8 +23,8 @@ UNFUSED_FEATURES = ("token_weights_sum", "cls_token_embeddings")
 # The reason where a column is longer or shorter than the others: rows are cut into columns of one length.
 RAGGED = "the columns have different numbers of texts"
 
-# Types of encoders whose later layers have fewer tokens than the earlier ones: one mask does not fit them all.
-SHORTENING = frozenset({"funnel"})
+# Types of encoders some layers of which have fewer tokens than others: one mask does not fit them all.
+SHORTENING = frozenset({"canine", "funnel"})
 
 # What may follow the pooling: it works on each row by itself.
 ROW_MODULES = (Dense, LayerNorm, Normalize)

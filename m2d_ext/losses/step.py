@@ -87,25 +87,32 @@ class Result:
     cells: Cells
     num_states: int  # of the encoder
 
-    def components(self, cell_name: str, kl_name: str) -> dict[str, Tensor]:
+    def components(self, every: Draw, cells: Cells) -> dict[str, Tensor]:
         """The weighted cells and KLs by name, which add up to the loss, and so do their gradients.
 
         Args:
-            cell_name: to be formatted with a hidden state and a dim.
-            kl_name: with a hidden state.
+            every: all that may be drawn. It has a figure in every step, 0 where it was not: a Trainer gathers the
+                processes' figures in the order in which each of them gives its own.
+            cells: those of ``every``.
         """
-        parts = {}
-        for i, layer in enumerate(self.layers):
-            for k, dim in enumerate(self.cells.dims):
-                if self.cells.weights[i][k] != 0:
-                    parts[cell_name.format(layer, dim)] = self.cells.weights[i][k] * self.cross_entropies[i, k]
-            if self.cells.kl_weights[i] != 0:
-                parts[kl_name.format(layer)] = self.cells.kl_weights[i] * self.kl[i]
-        first = next(iter(parts), "loss")
+        values = []
+        for i, (row, kl_weight) in enumerate(zip(self.cells.weights, self.cells.kl_weights, strict=True)):
+            values += [weight * self.cross_entropies[i, k] for k, weight in enumerate(row) if weight != 0]
+            values += [kl_weight * self.kl[i]] if kl_weight != 0 else []
+        drawn = dict(zip(_component_names(self.layers, self.cells), values, strict=True))
+        parts = dict.fromkeys(_component_names(sorted(every), cells), self.loss.new_zeros(())) | drawn
         # One of them carries the gradient of all, and what rounding leaves between the loss and their sum.
-        rest = [part for name, part in parts.items() if name != first]
-        parts[first] = self.loss - sum(rest)
+        first = next(iter([*drawn, *parts]), "loss")
+        parts[first] = self.loss - sum(part for name, part in parts.items() if name != first)
         return parts
+
+
+def _component_names(layers: Sequence[int], cells: Cells) -> list[str]:
+    names = []
+    for layer, row, kl_weight in zip(layers, cells.weights, cells.kl_weights, strict=True):
+        names += [f"layer_{layer}_dim_{dim}" for dim, weight in zip(cells.dims, row, strict=True) if weight != 0]
+        names += [f"layer_{layer}_kl"] if kl_weight != 0 else []
+    return names
 
 
 class _Plan:
