@@ -17,13 +17,16 @@ from ._version import __version__
 
 _PACKAGE = Path(__file__).resolve().parent
 # Written by setup.py beside the extension; absent in a source tree that was never built.
-_CONFIG_NAME = "_build_config.json"
+_CONFIG_PATH = _PACKAGE / "_build_config.json"
+
+
+def _is_source_tree() -> bool:
+    return _PACKAGE.with_name("setup.py").exists()
 
 
 def _reinstall() -> str:
     """The command: where the package runs from its source tree, an installation elsewhere would not be imported."""
-    from_source = _PACKAGE.with_name("setup.py").exists()
-    return f"pip install --no-build-isolation --no-deps {'-e' if from_source else '--force-reinstall'} ."
+    return f"pip install --no-build-isolation --no-deps {'-e' if _is_source_tree() else '--force-reinstall'} ."
 
 
 _REINSTALL = _reinstall()
@@ -46,20 +49,21 @@ def missing() -> str:
 
 
 def _hidden_installation() -> Path | None:
-    """A built m2d_ext that comes later on Python's path: where it runs in the source tree it was installed from."""
+    """Where the package runs in a source tree that was built for an installation elsewhere: that one."""
+    if not _is_source_tree():
+        return None
     for folder in sys.path:
         package = Path(folder).resolve() / _PACKAGE.name
-        if package != _PACKAGE and _read_config(package)["build"] != "none":
+        if package != _PACKAGE and any(package.glob("_C.*")):
             return package
     return None
 
 
-def _read_config(package: Path) -> dict[str, Any]:
-    """What setup.py recorded in a package's folder."""
-    path = package / _CONFIG_NAME
-    if not path.exists():
+def _read_config() -> dict[str, Any]:
+    """What setup.py recorded."""
+    if not _CONFIG_PATH.exists():
         return {"build": "none"}
-    config: dict[str, Any] = json.loads(path.read_text())
+    config: dict[str, Any] = json.loads(_CONFIG_PATH.read_text())
     return config
 
 
@@ -86,7 +90,7 @@ def _load(config: dict[str, Any]) -> ModuleType | None:
     return importlib.import_module("m2d_ext._C")
 
 
-_config = _read_config(_PACKAGE)
+_config = _read_config()
 _module = _load(_config)
 _warned = False
 

@@ -346,10 +346,11 @@ def _read_number(name: str, value: Any) -> float:
 
 
 def _read_positive(name: str, value: float) -> float:
-    """Its reciprocal is finite too, which the smallest of all floats have not."""
     value = _read_number(name, value)
-    if not sys.float_info.min <= value < math.inf:
+    if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value}")
+    if value < sys.float_info.min:
+        raise ValueError(f"{name} must have a finite inverse, got {value}")
     return value
 
 

@@ -106,6 +106,7 @@ def train(
     _check_float32(model)
     check_folder("output", output, overwrite)
     rows = _rows_of(data, batch_size)
+    _check_prompts(prompts, rows.column_names)
     loss = _loss_of(model, dims, {"n_layers_per_step": -1, "n_dims_per_step": -1} | options)
     with limited_length(model, max_length):
         before = None if evaluator is None else evaluator.grid(model)
@@ -215,6 +216,12 @@ def to_float32(model: SentenceTransformer) -> None:
     if dtype is not None:
         logger.warning("The model's parameters are %s: it is trained and saved in float32.", dtype)
         model.float()
+
+
+def _check_prompts(prompts: Mapping[str, str] | None, columns: Sequence[str]) -> None:
+    unknown = [name for name in prompts or {} if name not in columns]
+    if unknown:
+        raise ValueError(f"prompts must be of the columns {', '.join(columns)}, got one of {unknown[0]}")
 
 
 def _half_type(model: SentenceTransformer) -> torch.dtype | None:

@@ -328,6 +328,7 @@ BAD_TRAINING: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"learning_rate": -1.0}, ValueError, "learning_rate must be more than 0 and finite, got -1.0"),
     ({"warmup_ratio": 2}, ValueError, "warmup_ratio must be from 0 to 1, got 2"),
     ({"batch_size": 0}, ValueError, "batch_size must be more than 0"),
+    ({"prompts": {"query": "w1"}}, ValueError, "prompts must be of the columns anchor, positive, got one of query"),
     ({"max_length": 0}, ValueError, "max_length must be from 1 to 64 for this model, got 0"),
     ({"max_length": 65}, ValueError, "max_length must be from 1 to 64 for this model, got 65"),
     ({"max_length": 8.0}, TypeError, "max_length must be an int or None, got float"),

@@ -222,6 +222,21 @@ def test_columns_of_like_width_share_a_call(lengths: tuple[int, ...], shapes: li
         torch.testing.assert_close(grad, model.get_parameter(name).grad, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("include_prompt", [True, False])
+def test_prompts_of_different_lengths_share_a_call_where_they_are_pooled(include_prompt: bool) -> None:
+    model = tiny_model(include_prompt=include_prompt).double()
+    columns = columns_of(model, (8, 8))
+    columns[0]["prompt_length"], columns[1]["prompt_length"] = 3, 2
+    recorder = Recorder(model)
+    value = loss_of(model, n_dims_per_step=-1)(columns, None)
+    assert recorder.shapes == ([(6, 10)] if include_prompt else [(3, 10), (3, 10)])
+    assert [column["prompt_length"] for column in columns] == [3, 2]
+    theirs = st_losses.Matryoshka2dLoss(
+        model, MultipleNegativesRankingLoss(model), [HIDDEN, 8], n_layers_per_step=-1, n_dims_per_step=-1
+    )
+    torch.testing.assert_close(value, theirs(columns, None).to(value), rtol=1e-6, atol=0)
+
+
 def test_modules_after_the_encoder_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fused loss pools and normalises by itself."""
     model = tiny_model(normalize=True)

@@ -6,6 +6,7 @@ import copy
 import itertools
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 
 import m2d_ext
 from m2d_ext.architecture import final_norm
-from m2d_ext.inference.truncate import layer_view
+from m2d_ext.inference.truncate import fewest_layers, layer_view, tried_view
 from tiny_models import CONFIGS, HIDDEN, MORE_CONFIGS, sentence, tiny_model, tiny_tokenizer
 
 LAYERS = 4
@@ -257,6 +258,40 @@ def test_a_view_has_the_models_own_parameters() -> None:
     view.train()
     assert not any(module.training for module in model.modules())
     assert len(model[0].auto_model.encoder.layer) == LAYERS
+
+
+@pytest.mark.parametrize("architecture", ["bert", "modernbert"])
+@pytest.mark.parametrize("kind", ["adapters", "compiled", "not to be copied"])
+def test_what_cannot_be_tried_is_graded_as_before(kind: str, architecture: str) -> None:
+    """Whether there is a layer 0 is then asked of the configuration alone."""
+    model = tiny_model(architecture)
+    if kind == "adapters":
+        model.add_adapter(peft.LoraConfig(target_modules=["query" if architecture == "bert" else "Wqkv"], r=2))
+    elif kind == "compiled":
+        model.compile(backend="eager")
+    else:
+        model[0].auto_model.lock = threading.Lock()
+    assert tried_view(model, 1) is None
+    assert fewest_layers(model) == (0 if architecture == "bert" else 1)
+
+
+def test_running_out_of_memory_says_nothing_of_an_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    def encode(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(SentenceTransformer, "encode", encode)
+    with pytest.raises(torch.OutOfMemoryError):
+        fewest_layers(tiny_model())
+
+
+def test_a_view_is_no_cut_to_tell_of(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="m2d_ext"):
+        layer_view(tiny_model(), 1)
+        assert not caplog.records
+        m2d_ext.truncate_model(tiny_model(), 1)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"Kept the first 1 of 3 layers and {HIDDEN} of {HIDDEN} dimensions."
+    ]
 
 
 def test_bad_models() -> None:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ..architecture import final_norm
 from ..losses.embed import Features, pool_all_layers, pooling_of, replaced_forward, replaced_forwards, returned_states
 from ..losses.pipeline import why_not_model
-from .truncate import fewest_layers, find_layers, layer_view
+from .truncate import CannotBeCutError, fewest_layers, find_layers, tried_view
 
 
 class AllLayers:
@@ -58,8 +58,10 @@ class AllLayers:
             return
         layer = self._earlier[-1]
         try:
-            cut = layer_view(self.model, layer)
-        except ValueError:  # who wants to cut there is told then
+            cut = tried_view(self.model, layer)
+        except CannotBeCutError:  # who wants to is told then
+            return
+        if cut is None:
             return
         with cut.truncate_embeddings(None):
             expected = torch.from_numpy(cut.encode(["word"], show_progress_bar=False))[0]

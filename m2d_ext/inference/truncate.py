@@ -45,7 +45,9 @@ def truncate_model(
             it that need all; an encoder whose layers are not one list as long as its configuration says; one that is
             compiled, or has adapters.
     """
-    return _truncated(model, num_layers, dim, {})
+    cut = _truncated(model, num_layers, dim, {})
+    _describe(cut, model)
+    return cut
 
 
 def layer_view(model: SentenceTransformer, num_layers: int) -> SentenceTransformer:
@@ -57,6 +59,25 @@ def layer_view(model: SentenceTransformer, num_layers: int) -> SentenceTransform
     _check_model(model)
     shared = (*model.parameters(), *model.buffers(), model.tokenizer)
     return _truncated(model, num_layers, None, {id(each): each for each in shared})
+
+
+def tried_view(model: SentenceTransformer, num_layers: int) -> SentenceTransformer | None:
+    """``layer_view``; None of what cannot be tried: with adapters, compiled, or of parts that Python cannot copy.
+
+    Raises:
+        CannotBeCutError: it was tried in vain.
+    """
+    try:
+        return layer_view(model, num_layers)
+    except (CannotBeCutError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        logger.debug("Not cut to %d layers: %s", num_layers, error)
+        return None
+
+
+class CannotBeCutError(ValueError):
+    """What is left of a model cannot be loaded again, or not be run."""
 
 
 def _truncated(
@@ -83,12 +104,13 @@ def _truncated(
     ):
         try:
             check(cut)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             name, reason = type(cut[0].auto_model).__name__, (str(error).splitlines() or [""])[0]
-            raise ValueError(
+            raise CannotBeCutError(
                 f"{name} cannot be cut to {num_layers} layers: it could not be {what}: {reason}"
             ) from error
-    _describe(cut, model, num_layers, len(layers), dim, width)
     return cut
 
 
@@ -113,8 +135,16 @@ def count_layers(encoder: Any) -> int:
 def fewest_layers(model: SentenceTransformer) -> int:
     """How few layers a model can be cut to: 0, or 1 where its architecture cannot be without."""
     try:
-        layer_view(model, 0)
-    except ValueError:
+        if tried_view(model, 0) is not None:
+            return 0
+    except CannotBeCutError:
+        return 1
+    encoder = model[0].auto_model
+    config = copy.deepcopy(encoder.config)
+    _cut_config(_text_config(config), 0, count_layers(encoder))
+    try:
+        type(config).from_dict(config.to_dict())
+    except Exception:  # what they raise is their own
         return 1
     return 0
 
@@ -245,9 +275,7 @@ def _cut_dims(model: SentenceTransformer, dim: int, width: int) -> None:
     model.add_module(next(name for name in map(str, itertools.count(len(names))) if name not in names), normalize)
 
 
-def _describe(
-    cut: SentenceTransformer, model: SentenceTransformer, num_layers: int, of_layers: int, dim: int, of_dims: int
-) -> None:
+def _describe(cut: SentenceTransformer, model: SentenceTransformer) -> None:
     """In the model card. The text that the model was loaded with is of the whole one: the cut one gets a new card."""
     data = cut.model_card_data
     card = _loaded_card(model)
@@ -255,7 +283,8 @@ def _describe(
         _take_metadata(data, card.data.to_dict())
     cut._model_card_text = None
     data.eval_results_dict = {}  # of the whole model, too
-    what = f"the first {num_layers} of {of_layers} layers and {dim} of {of_dims} dimensions"
+    facts = getattr(cut[0].auto_model.config, CUT_KEY)
+    what = "the first {num_layers} of {of_layers} layers and {dim} of {of_dims} dimensions".format(**facts)
     data.model_name = f"{_name_of(model, card)}, cut to {what}"
     tags = [tag for tag in data.tags or [] if tag not in ("matryoshka", "m2d_ext")]
     data.tags = [*tags, "matryoshka", "m2d_ext"]

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..architecture import final_norm as find_final_norm
 from . import fallback, pipeline
 from .cached import choose_caching, read_caching, uncached
-from .embed import Features, depends_on_padding, merged_alike, transforms_rows
+from .embed import Features, depends_on_padding, merged_alike, pooling_of, transforms_rows
 from .gather import Draw, Drawn, gathers, is_distributed
 from .matryoshka import MatryoshkaLoss, check_fusable, check_uncached, say_fallback
 from .recipe import (
@@ -266,9 +266,7 @@ class AdaptiveLayerLoss(nn.Module):
             num_dims=len(self.loss.matryoshka_dims) if isinstance(self.loss, MatryoshkaLoss) else 1,
             num_states=num_states,
             selects=selects,
-            # Widths differ between processes, and these must call the model equally often: what wraps it
-            # communicates in every call.
-            merge=list if is_distributed() else partial(merged_alike, may_pad=not depends_on_padding(model)),
+            merge=self._merge(model),
             norm=self._norm(model),
             deferred=self.deferred,
             caching=self._caching,
@@ -281,6 +279,15 @@ class AdaptiveLayerLoss(nn.Module):
             return result.loss
         every = self._every_draw(result.num_states)
         return result.components(every, self._cells(every, result.cells.dims[-1]))
+
+    def _merge(self, model: Any) -> Callable[[Sequence[Features]], list[Features]]:
+        """Columns into the batches of the model's calls."""
+        # Widths differ between processes, and these must call the model equally often: what wraps it communicates in
+        # every call.
+        if is_distributed():
+            return list
+        reads_prompts = not pooling_of(model).include_prompt
+        return partial(merged_alike, may_pad=not depends_on_padding(model), reads_prompts=reads_prompts)
 
     def _norm(self, model: Any) -> nn.Module | None:
         """What the earlier hidden states pass through before they are pooled."""

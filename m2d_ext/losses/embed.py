@@ -264,8 +264,13 @@ def model_type(model: Any) -> str | None:
     return getattr(model[0].auto_model.config, "model_type", None)
 
 
-def merged_alike(columns: Sequence[Features], may_pad: bool = True) -> list[Features]:
-    """Columns that follow each other in one batch each where that adds little padding; none unless it ``may_pad``."""
+def merged_alike(columns: Sequence[Features], may_pad: bool = True, reads_prompts: bool = True) -> list[Features]:
+    """Columns that follow each other in one batch each where that adds little padding; none unless it ``may_pad``.
+
+    Those with prompts of different lengths are unlike only where the pooling reads the lengths.
+    """
+    if not reads_prompts:
+        columns = [{name: value for name, value in column.items() if name != "prompt_length"} for column in columns]
     groups: list[list[Features]] = []
     for column in columns:
         if groups and _is_alike([*groups[-1], column], may_pad):
