@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -379,6 +379,21 @@ def two_steps_of(task: Task, shapes: Sequence[Sequence[int]]) -> float:
         (column,) = features_of(model, own_columns(task)[:1])
         features.append({name: v[:size] if isinstance(v, Tensor) else v for name, v in column.items()})
     return loss(features, None).item()
+
+
+def share_a_backward(task: Task, others: dict[str, Any]) -> float:
+    """One backward of the task's loss and of another one with these options; by how much processes differ after it."""
+    model = make_model(task)
+    modules = [make_loss(replace(task, options=options), model, gather=False) for options in (task.options, others)]
+    wrapper = wrapped(model, **(task.ddp or {}))
+    for module in modules:
+        put_wrapper(module, wrapper)
+    features = features_of(model, own_columns(task))
+    sum(module.train()(features, None) for module in modules).backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    norms = torch.stack([norm, -norm])
+    dist.all_reduce(norms, op=dist.ReduceOp.MAX)
+    return norms.sum().item()
 
 
 class Doomed(TorchDispatchMode):

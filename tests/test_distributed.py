@@ -38,6 +38,7 @@ from distributed_worker import (
     make_loss,
     make_model,
     put_wrapper,
+    share_a_backward,
     texts_of,
     train,
     train_alone,
@@ -385,6 +386,15 @@ def test_cached(run: Run, architecture: str, ddp: dict[str, Any] | None, loss: s
     uncached = sum(trained(run, dataclasses.replace(task, options={}))[0].buckets[0])
     for one in found:
         assert list(map(sum, one.buckets)) == [uncached * (2 if ddp == STATIC else 1), uncached, uncached]
+
+
+def test_a_backward_that_would_not_be_averaged_is_refused(run: Run) -> None:
+    """DistributedDataParallel takes the cached loss's last mini-batch for the end of the backward."""
+    task = Task((3, 3), options={"mini_batch_size": 2}, ddp=UNUSED)
+    for outcome in run(2, share_a_backward, task, {}):
+        assert outcome.kind == "RuntimeError"
+        assert "cannot share a backward() under DistributedDataParallel" in outcome.trace
+    assert run(2, share_a_backward, task, {"mini_batch_size": 1}) == [0, 0]
 
 
 def test_cached_by_tokens(run: Run) -> None:

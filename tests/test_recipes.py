@@ -446,15 +446,80 @@ def test_kl_of_rankings_alone() -> None:
     assert set(loss(columns_of(model), LABELS)) == {f"layer_{layer}_kl" for layer in range(LAYERS + 1)}
 
 
-@pytest.mark.parametrize("options", [{"false_negative_margin": 0.1}, {"kl_target": "scores"}])
-def test_few_anchors_at_a_time_change_nothing(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+SPLIT_BASES: dict[str, Any] = {
+    "four, joint": lambda model: st_losses.MultipleNegativesRankingLoss(model, **RANKINGS["four, joint"]),
+    "guided": lambda model: st_losses.CachedGISTEmbedLoss(model, tiny_model(seed=3), mini_batch_size=3),
+    "orthogonal": st_losses.GlobalOrthogonalRegularizationLoss,
+}
+
+
+@pytest.mark.parametrize(
+    ("base", "options"),
+    [
+        ("four, joint", {"false_negative_margin": 0.1}),
+        ("four, joint", {"kl_target": "scores"}),
+        ("guided", {}),
+        ("orthogonal", {}),
+    ],
+)
+def test_few_anchors_at_a_time_change_nothing(
+    base: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As where all scores together would take too much memory."""
     model = tiny_model(num_layers=LAYERS).double()
-    base = st_losses.MultipleNegativesRankingLoss(model, **RANKINGS["four, joint"])
-    loss = m2d_ext.Matryoshka2dLoss(model, base, DIMS, n_layers_per_step=-1, n_dims_per_step=-1, **options)
+    every: dict[str, Any] = {"n_layers_per_step": -1, "n_dims_per_step": -1, **options}
+    loss = m2d_ext.Matryoshka2dLoss(model, SPLIT_BASES[base](model), DIMS, **every)
     expected = outcome(loss, model)
     monkeypatch.setattr(rows, "MOST_SCORES", 3 * 15 * 8)
     assert_same(outcome(loss, model), expected)
+
+
+@pytest.mark.parametrize("base", ["GISTEmbedLoss", "CachedGISTEmbedLoss", "DistillKLDivLoss"])
+def test_the_kl_of_rankings_has_the_scale_of_the_base_loss(base: str) -> None:
+    model = tiny_model(num_layers=LAYERS).double()
+    if base == "DistillKLDivLoss":
+        loss = st_losses.DistillKLDivLoss(
+            model, similarity_fct=st_util.pairwise_cos_sim, student_temperature=0.05, teacher_temperature=1.0
+        )
+    else:
+        loss = getattr(st_losses, base)(model, tiny_model(seed=3), temperature=0.05)
+    ranking = st_losses.MultipleNegativesRankingLoss(model, scale=20.0)
+    columns, labels = columns_of(model), torch.rand(len(LABELS), 2)
+    kls = []
+    for each in (loss, ranking):
+        every: dict[str, Any] = {"n_layers_per_step": -1, "n_dims_per_step": -1, "kl_target": "scores"}
+        whole = m2d_ext.Matryoshka2dLoss(model, each, DIMS, **every, log_cells=True)
+        kls.append({name: value for name, value in whole(columns, labels).items() if name.endswith("_kl")})
+    assert kls[0].keys() == kls[1].keys()
+    for name, kl in kls[0].items():
+        torch.testing.assert_close(kl, kls[1][name])
+
+
+def test_a_guide_runs_under_the_autocast_of_the_call() -> None:
+    """Its precision decides which candidates are left out."""
+    model, guide = tiny_model(), tiny_model(seed=3)
+    seen: list[torch.dtype] = []
+    projection = guide[0].auto_model.encoder.layer[0].attention.self.query
+    projection.register_forward_hook(lambda module, _, output: seen.append(output.dtype))
+    every: dict[str, Any] = {"n_layers_per_step": -1, "n_dims_per_step": -1}
+    for dtype in (torch.float32, torch.bfloat16):
+        for loss in (
+            st_losses.GISTEmbedLoss(model, guide),
+            m2d_ext.Matryoshka2dLoss(model, st_losses.GISTEmbedLoss(model, guide), DIMS, **every),
+        ):
+            seen.clear()
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                loss(columns_of(model), LABELS)
+            assert set(seen) == {dtype}
+
+
+def test_margins_need_a_negative() -> None:
+    model = tiny_model()
+    loss = loss_2d(model, "MarginMSELoss", n_layers_per_step=-1, n_dims_per_step=-1)
+    with pytest.raises(ValueError, match="Expected at least 3 embeddings, got 2"):
+        loss(columns_of(model)[:2], torch.rand(len(LABELS), 1))
+    same = [loss(columns_of(model), labels) for labels in (LABELS > 0, (LABELS > 0).float())]
+    assert same[0] == same[1]
 
 
 BAD_RANKING_OPTIONS: list[tuple[dict[str, Any], str, type[Exception], str]] = [

@@ -92,6 +92,15 @@ def cells(loss: Any, rows: Rows) -> Tensor:
     return ADAPTERS[type(loss)].cells(loss, rows)
 
 
+def score_scale(loss: Any) -> float:
+    """What the loss multiplies cosines by, 1 where it ranks nothing."""
+    if isinstance(loss, losses.GISTEmbedLoss | losses.CachedGISTEmbedLoss):
+        return 1 / loss.temperature
+    if isinstance(loss, losses.DistillKLDivLoss):
+        return 1 / loss.student_temperature
+    return float(getattr(loss, "scale", 1.0))
+
+
 # -- in-batch ranking: sentence-transformers' multiple_negatives_ranking.py --
 
 
@@ -282,7 +291,7 @@ def _margin_mse(_: Any, rows: Rows) -> Tensor:
             "(length `num_negatives + 1`)."
         )
     scores = _scores(rows)
-    return (scores[..., :1] - scores[..., 1:] - labels.detach()).square().mean((-1, -2))
+    return (scores[..., :1] - scores[..., 1:] - labels.detach().to(scores)).square().mean((-1, -2))
 
 
 def _distill_kl(loss: Any, rows: Rows) -> Tensor:
@@ -352,23 +361,36 @@ def _gist_refusal(*_: Any) -> None:
 def _gist(loss: Any, rows: Rows) -> Tensor:
     anchor, positive = rows.columns[:2]
     positives, *negatives = rows.gathered[1:]
-    guides = _guide(loss, rows.features)
+    with rows.as_called():
+        guides = _guide(loss, rows.features)
     guide_anchor, guide_positive = guides[:2]
     gathered_guides = rows.gather(torch.cat(guides)[None])[0].chunk(len(guides))
     guide_positives, *guide_negatives = gathered_guides[1:]
-    guided = loss.sim_matrix(guide_anchor, guide_positives)
-    bound = guided[rows.own][:, None]
-    bound = bound - (loss.margin if loss.margin_strategy == "absolute" else bound.abs() * loss.margin)
-    scale = 1 / loss.temperature
-    cosines = rows.cosines(anchor, positives)
-    targets = cosines.diagonal(rows.offset, -2, -1) * scale
-    sums = [masked_logsumexp(cosines, scale, (guided > bound) & ~rows.own)]
-    wanted = [(anchor, anchor, guide_anchor, guide_anchor)] if loss.contrast_anchors else []
-    wanted += [(positive, positives, guide_positive, guide_positives)] if loss.contrast_positives else []
-    wanted += [(anchor, rows_, guide_anchor, guide) for rows_, guide in zip(negatives, guide_negatives, strict=True)]
-    for a, b, guide_a, guide_b in wanted:
-        sums.append(masked_logsumexp(rows.cosines(a, b), scale, loss.sim_matrix(guide_a, guide_b) > bound))
-    return (torch.stack(sums).logsumexp(0) - targets).mean(-1)
+    scale = score_scale(loss)
+    others = [(anchor, anchor, guide_anchor, guide_anchor)] if loss.contrast_anchors else []
+    others += [(positive, positives, guide_positive, guide_positives)] if loss.contrast_positives else []
+    others += [(anchor, each, guide_anchor, guide) for each, guide in zip(negatives, guide_negatives, strict=True)]
+
+    def of_anchors(part: slice) -> Tensor:
+        own = rows.own_of(part)
+        guided = _guided(loss, rows, guide_anchor[part], guide_positives)
+        bound = guided[own][:, None]
+        bound = bound - (loss.margin if loss.margin_strategy == "absolute" else bound.abs() * loss.margin)
+        cosines = rows.cosines(anchor[:, part], positives)
+        sums = [masked_logsumexp(cosines, scale, (guided > bound) & ~own)]
+        for a, b, guide_a, guide_b in others:
+            mask = _guided(loss, rows, guide_a[part], guide_b) > bound
+            sums.append(masked_logsumexp(rows.cosines(a[:, part], b), scale, mask))
+        return torch.stack(sums).logsumexp(0) - cosines.diagonal(rows.offset + part.start, -2, -1) * scale
+
+    scores = positives.shape[1] + sum(b.shape[1] for _, b, _, _ in others)
+    return rows.by_anchors(scores, of_anchors).mean(-1)
+
+
+def _guided(loss: Any, rows: Rows, a: Tensor, b: Tensor) -> Tensor:
+    """The guide's similarities (A, B), by sentence-transformers' own function, whose products are as wide as rows."""
+    with rows.as_called():
+        return torch.cat([loss.sim_matrix(few, b) for few in a.split(rows.most_at_once(b.numel()))])
 
 
 @torch.no_grad()
@@ -411,8 +433,7 @@ def _orthogonal(loss: Any, rows: Rows) -> Tensor:
     expected = 1 / torch.tensor(rows.dims, dtype=torch.float64, device=rows.columns[0].device)
     terms = []
     for column in rows.columns:
-        others = rows.cosines(column, column).masked_fill(rows.own, 0)
-        mean, moment = others.sum((-1, -2)) / count, others.square().sum((-1, -2)) / count
+        mean, moment = rows.by_anchors(rows.batch_size, partial(_off_diagonal_sums, rows, column)).sum(-1) / count
         terms.append(
             (loss.mean_weight or 0.0) * mean.square()
             + (loss.second_moment_weight or 0.0) * torch.relu(moment - expected)
@@ -421,13 +442,19 @@ def _orthogonal(loss: Any, rows: Rows) -> Tensor:
     return total.sum(0) if loss.aggregation == "sum" else total.mean(0)
 
 
+def _off_diagonal_sums(rows: Rows, column: Tensor, part: slice) -> Tensor:
+    """Of the cosines with a column's other rows and of their squares, (2, L, K, A)."""
+    others = rows.cosines(column[:, part], column).masked_fill(rows.own_of(part), 0)
+    return torch.stack([others.sum(-1), others.square().sum(-1)])
+
+
 ADAPTERS = {
     losses.MultipleNegativesRankingLoss: Adapter(_ranking, _ranking_refusal, 2),
     losses.MultipleNegativesSymmetricRankingLoss: Adapter(_ranking, _ranking_refusal, 2),
     losses.CoSENTLoss: Adapter(_cosent, _cosent_refusal, 2),
     losses.AnglELoss: Adapter(_angle, _angle_refusal, 2),
     losses.CosineSimilarityLoss: Adapter(_cosine, _cosine_refusal, 2),
-    losses.MarginMSELoss: Adapter(_margin_mse, _dot_refusal, 2),
+    losses.MarginMSELoss: Adapter(_margin_mse, _dot_refusal, 3),
     losses.DistillKLDivLoss: Adapter(_distill_kl, _dot_refusal, 1),  # which says why it wants three
     losses.MSELoss: Adapter(_distill, _distill_refusal, 1),
     losses.EmbedDistillLoss: Adapter(_distill, _distill_refusal, 1),

@@ -22,6 +22,7 @@ from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesSymmetricRankingLoss,
 )
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.nn.parallel import DistributedDataParallel
 
 from .embed import Features, embed_rows, select_layers
@@ -142,7 +143,11 @@ class MiniBatches:
             pooled_grad: (len(layers), N, D).
             earlier: as in ``pool``.
             layers: those among the states so wanted that ``pooled_grad`` is of.
+
+        Raises:
+            RuntimeError: DistributedDataParallel would leave part of this backward unsynchronised.
         """
+        _check_averages_all(self._wrapper)
         first = 0
         last = len(self._parts) - 1
         for i, (part, context) in enumerate(zip(self._progress(self._parts), self._contexts, strict=True)):
@@ -176,6 +181,19 @@ class _Context:
             for device, dtype, enabled in self._autocast:
                 stack.enter_context(torch.autocast(device, dtype, enabled))
             yield
+
+
+def _check_averages_all(wrapper: Any) -> None:
+    """DistributedDataParallel takes the last mini-batch's backward for the whole, and averages nothing after it."""
+    ddp = getattr(wrapper, "_orig_mod", wrapper)
+    if not isinstance(ddp, DistributedDataParallel) or not ddp.require_backward_grad_sync:
+        return
+    nodes = (get_gradient_edge(parameter).node for parameter in ddp.parameters() if parameter.requires_grad)
+    if any(torch._C._will_engine_execute_node(node) for node in nodes):
+        raise RuntimeError(
+            "a loss that caches gradients and one that does not cannot share a backward() under "
+            "DistributedDataParallel, which would not average the latter's: cache both, or call backward() on each"
+        )
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """A batch's pooled rows, as the losses beside plain InfoNCE see them."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +29,7 @@ class Rows:
         gather: from this process's (L, C * B, D), of whatever model, to all processes', (L, C * M, D), detached.
         false_negative_margin: candidates that the final layer finds more similar to the anchor than the positive, by
             more than this, are no negatives; None: all are.
+        as_called: puts back the autocast under which the loss was called, for what is not computed in double.
     """
 
     columns: list[Tensor]
@@ -38,6 +40,7 @@ class Rows:
     labels: Any
     gather: Callable[[Tensor], Tensor]
     false_negative_margin: float | None = None
+    as_called: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def cosines(self, a: Tensor, b: Tensor) -> Tensor:
         """(L, K, A, B)."""
@@ -69,15 +72,21 @@ class Rows:
         gathered = columns if self.gathered is self.columns else [rows[-1:].detach() for rows in self.gathered]
         return replace(self, columns=columns, gathered=gathered, dims=[self.columns[0].shape[-1]])
 
+    @staticmethod
+    def most_at_once(scores: int) -> int:
+        """How many anchors may be in memory at a time, of so many scores each."""
+        return max(1, MOST_SCORES // max(1, scores))
+
     def by_anchors(self, candidates: int, compute: Callable[[slice], Tensor]) -> Tensor:
         """Values of every anchor (L, K, B), in memory for few of them at a time where all would take much.
 
         Args:
             candidates: how many scores an anchor takes in each layer and dim.
-            compute: from a slice of the A anchors to their values, (L, K, A). It runs twice where anchors are split.
+            compute: from a slice of the A anchors to their values, (..., L, K, A). It runs twice where anchors are
+                split.
         """
         cells = len(self.columns[0]) * len(self.dims)
-        size = max(1, MOST_SCORES // (cells * candidates))
+        size = self.most_at_once(cells * candidates)
         if size >= self.batch_size:
             return compute(slice(0, self.batch_size))
         slices = [slice(first, min(first + size, self.batch_size)) for first in range(0, self.batch_size, size)]

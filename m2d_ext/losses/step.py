@@ -227,6 +227,7 @@ class _Plan:
             labels=self._labels,
             gather=self._gather_detached,
             false_negative_margin=self._step.false_negative_margin,
+            as_called=_present_autocast(pooled.device.type),
         )
 
     def _gather_detached(self, rows: Tensor) -> Tensor:
@@ -278,7 +279,7 @@ class _Plan:
         if not rows.dims or not any(cells.kl_weights):
             return pooled.new_zeros(()), pooled.new_full((len(pooled),), torch.nan)
         with torch.autocast(pooled.device.type, enabled=False):
-            found = score_kls(rows, getattr(self._step.loss, "scale", 1.0), cells.kl_temperature)
+            found = score_kls(rows, adapters.score_scale(self._step.loss), cells.kl_temperature)
         used = [cells.dims.index(dim) for dim in rows.dims]
         shares = torch.tensor(cells.drawn, dtype=torch.float64, device=pooled.device)[:, used]
         shares /= shares.sum(1, keepdim=True).clamp(min=1)
@@ -319,6 +320,10 @@ class _Plan:
             "kl_weights": cells.kl_weights,
             "kl_temperature": cells.kl_temperature,
         }
+
+
+def _present_autocast(device: str) -> Callable[[], torch.autocast]:
+    return partial(torch.autocast, device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
 
 
 def _push(loss: Tensor, pooled: Tensor, push: Callable[[Tensor], None], grad_output: Tensor) -> None:
