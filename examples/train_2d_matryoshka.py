@@ -42,7 +42,7 @@ import docstring_pairs
 import m2d_ext
 from layer_dim_grid import print_table, retrieval_grid, save_heatmap
 from m2d_ext.inference.tables import read_table
-from m2d_ext.training import fit, limited_length
+from m2d_ext.training import fit, limited_length, to_float32
 
 BUNDLED_MODEL = "all-MiniLM-L6-v2"
 HELD_OUT_AT_MOST = 0.2  # of --pairs and --dataset, which have no packages to split by
@@ -207,6 +207,7 @@ def load_model(name_or_path: str | None) -> SentenceTransformer:
         raise InputError(f"cannot load model {name_or_path}: {first_line(error)}") from error
     if not isinstance(model[0], Transformer):
         raise InputError(f"model {name_or_path} starts with {type(model[0]).__name__}, not with transformer layers")
+    to_float32(model)
     return model
 
 
