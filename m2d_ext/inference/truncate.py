@@ -45,6 +45,7 @@ def truncate_model(
             it that need all; an encoder whose layers are not one list as long as its configuration says; one that is
             compiled, or has adapters.
     """
+    _check_model(model)
     cut = _truncated(model, num_layers, dim, {})
     _describe(cut, model)
     return cut
@@ -83,8 +84,7 @@ class CannotBeCutError(ValueError):
 def _truncated(
     model: SentenceTransformer, num_layers: int | None, dim: int | None, shared: dict[int, Any]
 ) -> SentenceTransformer:
-    """``truncate_model``, with what is ``shared``, by its id."""
-    _check_model(model)
+    """The cut model, with what is ``shared``, by its id."""
     name, layers = find_layers(model[0].auto_model)
     num_layers = _check_count("num_layers", num_layers, len(layers), least=0)
     width = full_width(model)

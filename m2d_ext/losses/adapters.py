@@ -372,16 +372,16 @@ def _gist(loss: Any, rows: Rows) -> Tensor:
     others += [(anchor, each, guide_anchor, guide) for each, guide in zip(negatives, guide_negatives, strict=True)]
 
     def of_anchors(part: slice) -> Tensor:
-        own = rows.own_of(part)
+        place = rows.offset + part.start
         guided = _guided(loss, rows, guide_anchor[part], guide_positives)
-        bound = guided[own][:, None]
+        bound = guided.diagonal(place)[:, None]
         bound = bound - (loss.margin if loss.margin_strategy == "absolute" else bound.abs() * loss.margin)
         cosines = rows.cosines(anchor[:, part], positives)
-        sums = [masked_logsumexp(cosines, scale, (guided > bound) & ~own)]
+        sums = [masked_logsumexp(cosines, scale, (guided > bound) & ~rows.own_of(part))]
         for a, b, guide_a, guide_b in others:
             mask = _guided(loss, rows, guide_a[part], guide_b) > bound
             sums.append(masked_logsumexp(rows.cosines(a[:, part], b), scale, mask))
-        return torch.stack(sums).logsumexp(0) - cosines.diagonal(rows.offset + part.start, -2, -1) * scale
+        return torch.stack(sums).logsumexp(0) - cosines.diagonal(place, -2, -1) * scale
 
     scores = positives.shape[1] + sum(b.shape[1] for _, b, _, _ in others)
     return rows.by_anchors(scores, of_anchors).mean(-1)

@@ -54,16 +54,11 @@ class Rows:
     def batch_size(self) -> int:
         return self.columns[0].shape[1]
 
-    @property
-    def own(self) -> Tensor:
-        """``own_of`` all anchors."""
-        return self.own_of(slice(0, self.batch_size))
-
     def own_of(self, anchors: slice) -> Tensor:
         """(A, M), true where a gathered row of a column is the same process's row of the same text as the anchor."""
-        place = torch.arange(self.batch_size, device=self.columns[0].device)[anchors]
-        own = place.new_zeros((len(place), self.gathered[0].shape[1]), dtype=torch.bool)
-        own[torch.arange(len(place)), self.offset + place] = True
+        shape = anchors.stop - anchors.start, self.gathered[0].shape[1]
+        own = torch.zeros(shape, dtype=torch.bool, device=self.columns[0].device)
+        own.diagonal(self.offset + anchors.start).fill_(True)
         return own
 
     def final(self) -> "Rows":
